@@ -8,6 +8,7 @@ Not promised: thread safety. Each object has one owner.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 GENESIS_HASH = bytes(16)
@@ -27,7 +28,8 @@ class Position(NamedTuple):
 GENESIS = Position(0, GENESIS_HASH)
 
 
-class JournalRow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class JournalRow:
     """One group commit: `count` events numbered `seq` … `seq + count - 1`, written as one row by one commit."""
 
     seq: int

@@ -5,12 +5,19 @@ is written or answered: `InvariantError` derives from BaseException so that no `
 it, and the process shell that meets it kills the process. `assert` is not used for this: `python -O` removes it.
 """
 
+from typing import NoReturn
 
-class InvariantError(BaseException):  # noqa: N818 - it is an error; BaseException on purpose, see above
+
+class InvariantError(BaseException):
     """A promise of the code to itself is broken. Never caught, except to end the process."""
 
 
-def invariant(condition: bool, text: str) -> None:  # noqa: FBT001 - reads like a sentence at every call
+def invariant(condition: bool, text: str) -> None:
     """Raise `InvariantError` with `text` unless `condition` holds."""
     if not condition:
         raise InvariantError(text)
+
+
+def broken(text: str) -> NoReturn:
+    """Raise `InvariantError`: this place must not be reached."""
+    raise InvariantError(text)

@@ -1,0 +1,774 @@
+"""The life of reservations on one shard: what may happen, what it does, and nothing else.
+
+Theory of operation
+- `decide(ledger, command, now_ms, rules)` answers a command with a reply and the events that make the reply true. It changes
+  nothing. `apply(ledger, event, at_ms)` changes state and decides nothing. Live work, replay, standbys and simulation all go
+  through the same `apply`.
+- The caller applies the events of a decision before it asks for the next one, so decisions of one batch see each other, and
+  makes the batch durable before it lets any reply out.
+- The table TRANSITIONS is the whole life cycle. An illegal step is an outcome for a caller (`decide`) and a broken
+  invariant for a journal (`apply`).
+- Time is an argument. A hold's units count as free from `expires_at_ms` on: `expire` must be called, and its events applied,
+  before each decision; replay never looks at a clock.
+- Taking units never makes `used` pass `limit`, and `apply` checks it on every event, replayed ones too. `used > limit` comes
+  about in one way only: a plan lowers the limit below what is booked.
+
+                 hold                      confirm (at once)
+                  |                               |
+                  v     confirm                   v         fulfil
+               [held] ---------------------> [confirmed] ------------> [fulfilled]
+           extend ^ | move          late ^      | move
+                  +-+                    |      |
+                  | expire               |      | release
+                  +--------> [expired] --+      |
+                  | release                     v
+                  +-----------------------> [released]
+
+Not promised: durability, uniqueness of an idempotency key beyond the life of its record, anything across shards.
+"""
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.core import commands, events, outcomes
+from engine.core.columns import (
+    CONFIRMED,
+    EXPIRED,
+    FULFILLED,
+    GONE,
+    HELD,
+    RELEASED,
+    Chunk,
+    CounterTable,
+    ExpiryQueue,
+    KeyIndex,
+    Lines,
+    ReservationTable,
+)
+from engine.core.invariant import broken, invariant
+from engine.core.limits import (
+    COUNTERS_OF_SHARD_MAX,
+    EXPIRED_IN_EVENT_MAX,
+    FORGOTTEN_IN_EVENT_MAX,
+    REFUSED_KEYS_MAX,
+    SEQ_MAX,
+)
+from engine.core.outcomes import CounterShort, Outcome
+from engine.core.sharding import counter_hash, reservation_number
+from engine.core.slots import Cutoff, cutoff_at_ms, resolve
+
+_KEY_HALVES = Struct("<qq")
+
+_REFUSALS: dict[int, Outcome] = {
+    CONFIRMED: Outcome.ALREADY_CONFIRMED,
+    FULFILLED: Outcome.ALREADY_FULFILLED,
+    RELEASED: Outcome.ALREADY_RELEASED,
+    EXPIRED: Outcome.HOLD_EXPIRED,
+}
+
+TRANSITIONS: dict[tuple[int, str], int | Outcome] = {
+    # from, verb            to, or why not
+    (HELD, "confirm"): CONFIRMED,
+    (HELD, "release"): RELEASED,
+    (HELD, "extend"): HELD,
+    (HELD, "move"): HELD,
+    (HELD, "fulfil"): Outcome.HOLD_NOT_CONFIRMED,
+    (HELD, "expire"): EXPIRED,
+    (CONFIRMED, "confirm"): Outcome.ALREADY_CONFIRMED,
+    (CONFIRMED, "release"): RELEASED,
+    (CONFIRMED, "extend"): Outcome.ALREADY_CONFIRMED,
+    (CONFIRMED, "move"): CONFIRMED,
+    (CONFIRMED, "fulfil"): FULFILLED,
+    (CONFIRMED, "expire"): Outcome.ALREADY_CONFIRMED,
+    (EXPIRED, "confirm"): CONFIRMED,  # late, only while the units are still free
+    **{
+        (status, verb): _REFUSALS[status]
+        for status, verbs in (
+            (FULFILLED, ("confirm", "release", "extend", "move", "fulfil", "expire")),
+            (RELEASED, ("confirm", "release", "extend", "move", "fulfil", "expire")),
+            (EXPIRED, ("release", "extend", "move", "fulfil", "expire")),
+        )
+        for verb in verbs
+    },
+}
+
+
+class Rules(NamedTuple):
+    """Bounds an operator sets. They steer decisions only: what was decided stays, whatever they become."""
+
+    hold_ms_max: int = 172_800_000
+    finished_keep_ms: int = 86_400_000
+
+
+class Pool(NamedTuple):
+    """What a shard knows of a pool."""
+
+    code: int
+    time_zone: str
+    cutoff: Cutoff | None
+
+
+class Ledger:
+    """The state of one shard. Changed by `apply` only (and `expire`, which takes due entries out of its queue)."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.at_ms = 0
+        self.epoch = 0
+        self.restart = 0
+        self.planning_seq = 0
+        self.counters = CounterTable()
+        self.reservations = ReservationTable()
+        self.keys = KeyIndex()
+        self.expiry = ExpiryQueue()
+        self.pools: dict[str, Pool] = {}
+        self.pool_of_code: dict[int, str] = {}
+        self.refused_keys: dict[str, None] = {}
+        self.touched: set[int] = set()
+        """Counter rows changed since the owner last published and cleared this."""
+
+
+Decision = tuple[outcomes.Reply, tuple[events.ShardEvent, ...]]
+
+
+def decide(ledger: Ledger, command: commands.ShardCommand, now_ms: int, rules: Rules) -> Decision:
+    """Answer one command. Never raises for anything a caller can ask; changes nothing."""
+    return _DECIDE[type(command)](ledger, command, now_ms, rules)
+
+
+def apply(ledger: Ledger, event: events.ShardEvent, at_ms: int) -> None:
+    """Take the next event into the state. Raises InvariantError where it cannot follow what went before."""
+    ledger.seq += 1
+    invariant(ledger.seq <= SEQ_MAX, "the shard has used up its event numbers")
+    invariant(at_ms >= ledger.at_ms, "time of events must not go back")
+    ledger.at_ms = at_ms
+    _APPLY[type(event)](ledger, event)
+
+
+def expire(ledger: Ledger, now_ms: int) -> events.Expired | None:
+    """The next holds whose time has passed, as one event, or None when nothing is due.
+
+    The caller applies the event at once: what is returned has left the queue. Call again until None.
+    """
+    numbers: list[int] = []
+    times: list[int] = []
+    while len(numbers) < EXPIRED_IN_EVENT_MAX:
+        due = ledger.expiry.due(now_ms, EXPIRED_IN_EVENT_MAX - len(numbers))
+        if not due:
+            break
+        for expires_at_ms, number in due:
+            found = ledger.reservations.find(number)
+            if found is not None:
+                chunk, row = found
+                if chunk.status[row] == HELD and chunk.expires_at_ms[row] == expires_at_ms:
+                    numbers.append(number)
+                    times.append(expires_at_ms)
+    return events.Expired(numbers, times) if numbers else None
+
+
+def forget(ledger: Ledger, from_number: int, now_ms: int, rules: Rules) -> tuple[events.Forgotten | None, int]:
+    """Look through the next records for finished ones that have been kept long enough.
+
+    Returns the event, or None where there is nothing to forget, and the number to go on from (0: all looked through).
+    """
+    found = ledger.reservations.chunk_of(from_number)
+    if found is None:
+        return None, 0
+    chunk, row = found
+    first = chunk.number[row]
+    last = chunk.number[min(chunk.size, row + FORGOTTEN_IN_EVENT_MAX) - 1]
+    event = events.Forgotten(first, last, now_ms - rules.finished_keep_ms)
+    return (event if _forgettable(ledger, event) else None), last + 1
+
+
+# --- deciding ---------------------------------------------------------------------------------------------------------
+
+
+def _decide_hold(ledger: Ledger, command: commands.Hold, now_ms: int, rules: Rules) -> Decision:
+    known = find_key(ledger, command.key)
+    if known is not None:
+        chunk, row = known
+        if chunk.digest[row] != command.digest:
+            return _no(
+                ledger,
+                Outcome.IDEMPOTENCY_KEY_REUSED,
+                "this Idempotency-Key came before with another body: send a new key for a new request",
+            )
+        return record(ledger, chunk, row, Outcome.REPEATED), ()
+    taking = _counter_rows(ledger, command.lines)
+    if isinstance(taking, outcomes.Refused):
+        return taking, ()
+    short = _in_the_way(ledger, taking, {}, now_ms)
+    key = command.key.hex()
+    if short:
+        return _refuse(ledger, short, key, command.order_ref)
+    lines = list(taking.items())
+    seq = ledger.seq + 1
+    number = reservation_number(seq, ledger.counters.hashed[lines[0][0]])
+    if command.ttl_ms == commands.NO_TTL:
+        at_once = events.ConfirmedAtOnce(lines, command.order_ref, command.channel, key, command.digest)
+        return outcomes.Taken(seq, number, now_ms, 0), (at_once,)
+    expires_at_ms = now_ms + min(command.ttl_ms, rules.hold_ms_max)
+    held = events.Held(lines, expires_at_ms, command.order_ref, command.channel, key, command.digest)
+    return outcomes.Taken(seq, number, now_ms, expires_at_ms), (held,)
+
+
+def _decide_confirm(ledger: Ledger, command: commands.Confirm, now_ms: int, rules: Rules) -> Decision:
+    del rules
+    step = _step(ledger, command, "confirm", Outcome.CONFIRMED)
+    if not isinstance(step, tuple):
+        return step, ()
+    chunk, row = step
+    had = dict(ledger.reservations.lines(chunk, row))
+    kept: dict[int, int] | None = None
+    if command.lines is not None:
+        wanted = _counter_rows(ledger, command.lines)
+        if isinstance(wanted, outcomes.Refused):
+            return wanted, ()
+        if any(units > had.get(counter, 0) for counter, units in wanted.items()):
+            return _no(
+                ledger,
+                Outcome.LINES_NOT_HELD,
+                "a partial confirm can keep what is held or less: see the lines of the reservation, or use move",
+            )
+        kept = None if wanted == had else wanted
+    late = chunk.status[row] == EXPIRED
+    keeping = had if kept is None else kept
+    short = _in_the_way(ledger, keeping, {} if late else keeping, now_ms)
+    if short:
+        if late and short[0].reason is Outcome.INSUFFICIENT_CAPACITY:
+            return (
+                outcomes.Refused(ledger.seq, Outcome.HOLD_EXPIRED, short, "the hold expired and its units are taken"),
+                (),
+            )
+        return outcomes.Refused(ledger.seq, short[0].reason, short), ()
+    event = events.Confirmed(command.number, command.action, None if kept is None else list(kept.items()), late)
+    return _changed(ledger, chunk, row, Outcome.CONFIRMED, now_ms, CONFIRMED, tuple(keeping.items()), late=late), (
+        event,
+    )
+
+
+def _decide_release(ledger: Ledger, command: commands.Release, now_ms: int, rules: Rules) -> Decision:
+    del rules
+    step = _step(ledger, command, "release", Outcome.RELEASED)
+    if not isinstance(step, tuple):
+        return step, ()
+    chunk, row = step
+    event = events.Released(command.number, command.action, command.reason)
+    return _changed(ledger, chunk, row, Outcome.RELEASED, now_ms, RELEASED), (event,)
+
+
+def _decide_extend(ledger: Ledger, command: commands.Extend, now_ms: int, rules: Rules) -> Decision:
+    step = _step(ledger, command, "extend", Outcome.EXTENDED)
+    if not isinstance(step, tuple):
+        return step, ()
+    chunk, row = step
+    had_until_ms = chunk.expires_at_ms[row]
+    cap_ms = chunk.created_at_ms[row] + rules.hold_ms_max
+    until_ms = max(had_until_ms, min(now_ms + command.ttl_ms, cap_ms))
+    if until_ms == had_until_ms and now_ms + command.ttl_ms > had_until_ms:
+        return _no(
+            ledger,
+            Outcome.EXTENSION_CAP_REACHED,
+            "a hold can live no longer than the cap set by the operator: confirm it or let it go",
+        )
+    event = events.Extended(command.number, command.action, until_ms)
+    reply = _changed(ledger, chunk, row, Outcome.EXTENDED, now_ms, HELD, expires_at_ms=until_ms)
+    return reply, (event,)
+
+
+def _decide_move(ledger: Ledger, command: commands.Move, now_ms: int, rules: Rules) -> Decision:
+    del rules
+    step = _step(ledger, command, "move", Outcome.MOVED)
+    if not isinstance(step, tuple):
+        return step, ()
+    chunk, row = step
+    wanted = _counter_rows(ledger, command.lines)
+    if isinstance(wanted, outcomes.Refused):
+        return wanted, ()
+    had = dict(ledger.reservations.lines(chunk, row))
+    rising = {counter: units for counter, units in wanted.items() if units > had.get(counter, 0)}
+    short = _in_the_way(ledger, rising, had, now_ms)
+    if short:
+        return _refuse(ledger, short, f"{command.action & (2**64 - 1):016x}", chunk.label(row)[0])
+    event = events.Moved(command.number, command.action, list(wanted.items()))
+    reply = _changed(ledger, chunk, row, Outcome.MOVED, now_ms, chunk.status[row], tuple(wanted.items()))
+    return reply, (event,)
+
+
+def _decide_fulfil(ledger: Ledger, command: commands.Fulfil, now_ms: int, rules: Rules) -> Decision:
+    del rules
+    step = _step(ledger, command, "fulfil", Outcome.FULFILLED)
+    if not isinstance(step, tuple):
+        return step, ()
+    chunk, row = step
+    event = events.Fulfilled(command.number, command.action)
+    return _changed(ledger, chunk, row, Outcome.FULFILLED, now_ms, FULFILLED), (event,)
+
+
+def _decide_look(ledger: Ledger, command: commands.Look, now_ms: int, rules: Rules) -> Decision:
+    del now_ms, rules
+    found = ledger.reservations.find(command.number)
+    if found is None:
+        return _unknown_reservation(ledger), ()
+    return record(ledger, *found, Outcome.FOUND), ()
+
+
+def _decide_plan_pool(ledger: Ledger, command: commands.PlanPool, now_ms: int, rules: Rules) -> Decision:
+    del now_ms, rules
+    if command.planning_seq <= ledger.planning_seq:
+        return outcomes.Planned(ledger.seq, ledger.planning_seq), ()
+    cutoff = None if command.cutoff is None else Cutoff(*command.cutoff)
+    cutoffs = [
+        (row, _cutoff_ms(slot_id, command.time_zone, cutoff))
+        for slot_id, row in ledger.counters.rows_of_pool(command.pool_id).items()
+    ]
+    changed = [(row, at_ms) for row, at_ms in cutoffs if ledger.counters.cutoff_at_ms[row] != at_ms]
+    event = events.PoolDefined(
+        command.planning_seq, command.pool_code, command.pool_id, command.time_zone, command.cutoff, changed
+    )
+    return outcomes.Planned(ledger.seq + 1, command.planning_seq), (event,)
+
+
+def _cutoff_ms(slot_id: str, time_zone: str, cutoff: Cutoff | None) -> int:
+    """Without a rule a slot takes orders until it ends."""
+    at_ms = cutoff_at_ms(slot_id, time_zone, cutoff)
+    return resolve(slot_id, time_zone).ends_at_ms if at_ms is None else at_ms
+
+
+def _decide_plan_counters(ledger: Ledger, command: commands.PlanCounters, now_ms: int, rules: Rules) -> Decision:
+    del now_ms, rules
+    if command.planning_seq <= ledger.planning_seq:
+        return outcomes.Planned(ledger.seq, ledger.planning_seq), ()
+    for plan in command.counters:
+        invariant(plan.pool_code in ledger.pool_of_code, "a pool must reach a shard before its counters")
+    if len(ledger.counters) + len(command.counters) > COUNTERS_OF_SHARD_MAX:
+        return _no(ledger, Outcome.SHARD_FULL, f"a shard holds at most {COUNTERS_OF_SHARD_MAX} counters")
+    rows = [
+        (
+            plan.pool_code,
+            plan.slot_id,
+            plan.base,
+            plan.overbook,
+            plan.buffer,
+            plan.closed,
+            plan.starts_at_ms,
+            plan.ends_at_ms,
+            plan.cutoff_at_ms,
+        )
+        for plan in command.counters
+    ]
+    event = events.CountersDefined(command.planning_seq, rows)
+    return outcomes.Planned(ledger.seq + 1, command.planning_seq), (event,)
+
+
+def _decide_planning_head(ledger: Ledger, command: commands.PlanningHead, now_ms: int, rules: Rules) -> Decision:
+    del command, now_ms, rules
+    return outcomes.Planned(ledger.seq, ledger.planning_seq), ()
+
+
+def _decide_status(ledger: Ledger, command: commands.ShardStatus, now_ms: int, rules: Rules) -> Decision:
+    del command, now_ms, rules
+    values: dict[str, int | str] = {
+        "counters": len(ledger.counters),
+        "reservations": ledger.reservations.count,
+        "planning_seq": ledger.planning_seq,
+        "epoch": ledger.epoch,
+        "restart": ledger.restart,
+    }
+    return outcomes.Status(ledger.seq, values), ()
+
+
+_DECIDE: dict[type, Callable[[Ledger, Any, int, Rules], Decision]] = {
+    commands.Hold: _decide_hold,
+    commands.Confirm: _decide_confirm,
+    commands.Release: _decide_release,
+    commands.Extend: _decide_extend,
+    commands.Move: _decide_move,
+    commands.Fulfil: _decide_fulfil,
+    commands.Look: _decide_look,
+    commands.PlanPool: _decide_plan_pool,
+    commands.PlanCounters: _decide_plan_counters,
+    commands.PlanningHead: _decide_planning_head,
+    commands.ShardStatus: _decide_status,
+}
+
+ReservationStep = commands.Confirm | commands.Release | commands.Extend | commands.Move | commands.Fulfil
+
+
+def _step(ledger: Ledger, command: ReservationStep, verb: str, done: Outcome) -> tuple[Chunk, int] | outcomes.Reply:
+    """The record a step is about, or the answer when there is nothing to do.
+
+    The same action again means that its first answer was lost: it is answered as then, from the record as it is.
+    """
+    found = ledger.reservations.find(command.number)
+    if found is None:
+        return _unknown_reservation(ledger)
+    chunk, row = found
+    if chunk.action[row] == command.action:
+        return record(ledger, chunk, row, done)
+    to = TRANSITIONS[chunk.status[row], verb]
+    if isinstance(to, Outcome):
+        return record(ledger, chunk, row, to)
+    return found
+
+
+def _counter_rows(ledger: Ledger, lines: list[commands.Line]) -> dict[int, int] | outcomes.Refused:
+    """Units summed for each counter, before any check; or the first line that names no counter."""
+    units: dict[int, int] = {}
+    counters = ledger.counters
+    for line in lines:
+        row = counters.find(line.pool_id, line.slot_id)
+        if row is None:
+            if line.pool_id in ledger.pools:
+                detail = f"pool {line.pool_id} has no slot {line.slot_id}"
+                return outcomes.Refused(ledger.seq, Outcome.UNKNOWN_SLOT, [], detail)
+            return outcomes.Refused(ledger.seq, Outcome.UNKNOWN_POOL, [], f"there is no pool {line.pool_id}")
+        units[row] = units.get(row, 0) + line.quantity
+    return units
+
+
+def _in_the_way(ledger: Ledger, taking: dict[int, int], freed: dict[int, int], now_ms: int) -> list[CounterShort]:
+    """The counters that do not allow `taking`, when `freed` units of theirs count as free. Empty: all allow it."""
+    counters = ledger.counters
+    short = []
+    for row, units in taking.items():
+        used = counters.held[row] + counters.confirmed[row] + counters.fulfilled[row] - freed.get(row, 0)
+        if counters.closed[row]:
+            reason = Outcome.SLOT_CLOSED
+        elif now_ms >= counters.cutoff_at_ms[row]:
+            reason = Outcome.PAST_CUTOFF
+        elif used + units > counters.limit[row] and units > freed.get(row, 0):
+            reason = Outcome.INSUFFICIENT_CAPACITY
+        else:
+            continue
+        short.append(
+            CounterShort(
+                counters.pool_id[row],
+                counters.slot_id[row],
+                units,
+                max(0, counters.limit[row] - used),
+                reason,
+                counters.cutoff_at_ms[row],
+            )
+        )
+    return short
+
+
+def _refuse(ledger: Ledger, short: list[CounterShort], key: str, order_ref: str) -> Decision:
+    """Turn demand away and, the first time for this key, record how much."""
+    if key in ledger.refused_keys:
+        return outcomes.Refused(ledger.seq, short[0].reason, short), ()
+    counters: list[tuple[int, int, int]] = []
+    for each in short:
+        row = ledger.counters.find(each.pool_id, each.slot_id)
+        if row is None:
+            broken("a counter in the way must exist")
+        counters.append((row, each.quantity, each.available))
+    event = events.Refused(short[0].reason.value, counters, key, order_ref)
+    return outcomes.Refused(ledger.seq + 1, short[0].reason, short), (event,)
+
+
+def _no(ledger: Ledger, outcome: Outcome, detail: str) -> Decision:
+    return outcomes.Refused(ledger.seq, outcome, [], detail), ()
+
+
+def _unknown_reservation(ledger: Ledger) -> outcomes.Refused:
+    return outcomes.Refused(
+        ledger.seq,
+        Outcome.UNKNOWN_RESERVATION,
+        [],
+        "there is no such reservation, or it was finished longer ago than finished ones are kept",
+    )
+
+
+def find_key(ledger: Ledger, key: bytes) -> tuple[Chunk, int] | None:
+    """The record made under this 16-byte key digest, while it lives."""
+    key_high, key_low = _KEY_HALVES.unpack(key)
+    for number in ledger.keys.candidates(key_high, key_low):
+        found = ledger.reservations.find(number)
+        if found is not None and found[0].key_low[found[1]] == key_low:
+            return found
+    return None
+
+
+def _named_lines(ledger: Ledger, lines: Lines) -> list[tuple[str, str, int]]:
+    counters = ledger.counters
+    return [(counters.pool_id[row], counters.slot_id[row], units) for row, units in lines]
+
+
+def record(ledger: Ledger, chunk: Chunk, row: int, outcome: Outcome) -> outcomes.Record:
+    """A reservation as it is now."""
+    order_ref, channel = chunk.label(row)
+    return outcomes.Record(
+        ledger.seq,
+        outcome,
+        chunk.number[row],
+        chunk.status[row],
+        chunk.version[row],
+        chunk.created_at_ms[row],
+        chunk.changed_at_ms[row],
+        chunk.changed_seq[row],
+        chunk.expires_at_ms[row],
+        order_ref,
+        channel,
+        _named_lines(ledger, ledger.reservations.lines(chunk, row)),
+    )
+
+
+def _changed(
+    ledger: Ledger,
+    chunk: Chunk,
+    row: int,
+    outcome: Outcome,
+    now_ms: int,
+    status: int,
+    lines: Lines | None = None,
+    *,
+    expires_at_ms: int | None = None,
+    late: bool = False,
+) -> outcomes.Record:
+    """A reservation as it will be once the event of this decision is applied."""
+    order_ref, channel = chunk.label(row)
+    return outcomes.Record(
+        ledger.seq + 1,
+        outcome,
+        chunk.number[row],
+        status,
+        chunk.version[row] + 1,
+        chunk.created_at_ms[row],
+        now_ms,
+        ledger.seq + 1,
+        chunk.expires_at_ms[row] if expires_at_ms is None else expires_at_ms,
+        order_ref,
+        channel,
+        _named_lines(ledger, ledger.reservations.lines(chunk, row) if lines is None else lines),
+        late,
+    )
+
+
+# --- applying ---------------------------------------------------------------------------------------------------------
+
+
+def _apply_term_started(ledger: Ledger, event: events.TermStarted) -> None:
+    invariant((event.epoch, event.restart) > (ledger.epoch, ledger.restart), "terms must rise")
+    ledger.epoch, ledger.restart = event.epoch, event.restart
+
+
+def _move_units(ledger: Ledger, lines: Lines | list[tuple[int, int]], status: int, sign: int) -> None:
+    """Add (sign 1) or take away (sign -1) units from what a status counts as. Statuses that take no units: nothing."""
+    counters = ledger.counters
+    if status == HELD:
+        column = counters.held
+    elif status == CONFIRMED:
+        column = counters.confirmed
+    elif status == FULFILLED:
+        column = counters.fulfilled
+    else:
+        return
+    for row, units in lines:
+        column[row] += sign * units
+        invariant(column[row] >= 0, "units of a counter must not fall below zero")
+        counters.changed_seq[row] = ledger.seq
+        ledger.touched.add(row)
+
+
+def _check_limits(ledger: Ledger, lines: Lines | list[tuple[int, int]]) -> None:
+    """The promise of the whole system: what was just taken fits."""
+    counters = ledger.counters
+    for row, _ in lines:
+        if counters.held[row] + counters.confirmed[row] + counters.fulfilled[row] > counters.limit[row]:
+            broken(f"counter {counters.pool_id[row]} {counters.slot_id[row]} would pass its limit at {ledger.seq}")
+
+
+def _add_record(ledger: Ledger, event: events.Held | events.ConfirmedAtOnce, status: int, expires_at_ms: int) -> int:
+    number = reservation_number(ledger.seq, ledger.counters.hashed[event.lines[0][0]])
+    key_high, key_low = _KEY_HALVES.unpack(bytes.fromhex(event.key))
+    ledger.reservations.append(
+        number,
+        status,
+        tuple(event.lines),
+        expires_at_ms=expires_at_ms,
+        at_ms=ledger.at_ms,
+        seq=ledger.seq,
+        key_high=key_high,
+        key_low=key_low,
+        digest=event.digest,
+        order_ref=event.order_ref,
+        channel=event.channel,
+    )
+    ledger.keys.add(key_high, key_low, number)
+    ledger.refused_keys.pop(event.key, None)
+    _move_units(ledger, event.lines, status, 1)
+    _check_limits(ledger, event.lines)
+    return number
+
+
+def _apply_held(ledger: Ledger, event: events.Held) -> None:
+    number = _add_record(ledger, event, HELD, event.expires_at_ms)
+    ledger.expiry.add(number, event.expires_at_ms)
+
+
+def _apply_confirmed_at_once(ledger: Ledger, event: events.ConfirmedAtOnce) -> None:
+    _add_record(ledger, event, CONFIRMED, 0)
+
+
+def _changing(ledger: Ledger, number: int, verb: str, action: int) -> tuple[Chunk, int, int]:
+    """The record an event changes, marked as changed by it, and its status after the event."""
+    chunk, row = ledger.reservations.writable(number)
+    to = TRANSITIONS[chunk.status[row], verb]
+    if isinstance(to, Outcome):
+        broken(f"the journal says {verb} at {ledger.seq}, but {to}")
+    chunk.changed_at_ms[row] = ledger.at_ms
+    chunk.changed_seq[row] = ledger.seq
+    chunk.version[row] += 1
+    chunk.action[row] = action
+    return chunk, row, to
+
+
+def _apply_confirmed(ledger: Ledger, event: events.Confirmed) -> None:
+    chunk, row, to = _changing(ledger, event.number, "confirm", event.action)
+    lines = ledger.reservations.lines(chunk, row)
+    invariant(event.late == (chunk.status[row] == EXPIRED), "late means confirmed after expiry")
+    _move_units(ledger, lines, chunk.status[row], -1)
+    if event.kept is not None:
+        lines = tuple(event.kept)
+        ledger.reservations.set_lines(chunk, row, lines)
+    _move_units(ledger, lines, to, 1)
+    if event.late:
+        _check_limits(ledger, lines)
+    chunk.status[row] = to
+
+
+def _apply_released(ledger: Ledger, event: events.Released) -> None:
+    chunk, row, to = _changing(ledger, event.number, "release", event.action)
+    _move_units(ledger, ledger.reservations.lines(chunk, row), chunk.status[row], -1)
+    chunk.status[row] = to
+
+
+def _apply_extended(ledger: Ledger, event: events.Extended) -> None:
+    chunk, row, _ = _changing(ledger, event.number, "extend", event.action)
+    chunk.expires_at_ms[row] = event.expires_at_ms
+    ledger.expiry.add(event.number, event.expires_at_ms)
+
+
+def _apply_moved(ledger: Ledger, event: events.Moved) -> None:
+    chunk, row, status = _changing(ledger, event.number, "move", event.action)
+    had = dict(ledger.reservations.lines(chunk, row))
+    _move_units(ledger, tuple(had.items()), status, -1)
+    ledger.reservations.set_lines(chunk, row, tuple(event.lines))
+    _move_units(ledger, event.lines, status, 1)
+    _check_limits(ledger, [line for line in event.lines if line[1] > had.get(line[0], 0)])
+
+
+def _apply_fulfilled(ledger: Ledger, event: events.Fulfilled) -> None:
+    chunk, row, to = _changing(ledger, event.number, "fulfil", event.action)
+    lines = ledger.reservations.lines(chunk, row)
+    _move_units(ledger, lines, CONFIRMED, -1)
+    _move_units(ledger, lines, to, 1)
+    chunk.status[row] = to
+
+
+def _apply_expired(ledger: Ledger, event: events.Expired) -> None:
+    for number, expired_at_ms in zip(event.numbers, event.expired_at_ms, strict=True):
+        chunk, row, to = _changing(ledger, number, "expire", 0)
+        invariant(chunk.expires_at_ms[row] == expired_at_ms, "a hold expires at its own time")
+        _move_units(ledger, ledger.reservations.lines(chunk, row), HELD, -1)
+        chunk.status[row] = to
+
+
+def _apply_refused(ledger: Ledger, event: events.Refused) -> None:
+    counters = ledger.counters
+    for row, units, _ in event.counters:
+        counters.refused[row] += units
+        counters.changed_seq[row] = ledger.seq
+        ledger.touched.add(row)
+    ledger.refused_keys[event.key] = None
+    if len(ledger.refused_keys) > REFUSED_KEYS_MAX:
+        del ledger.refused_keys[next(iter(ledger.refused_keys))]
+
+
+def _apply_pool_defined(ledger: Ledger, event: events.PoolDefined) -> None:
+    invariant(event.planning_seq > ledger.planning_seq, "plans must rise")
+    ledger.planning_seq = event.planning_seq
+    cutoff = None if event.cutoff is None else Cutoff(*event.cutoff)
+    ledger.pools[event.pool_id] = Pool(event.pool_code, event.time_zone, cutoff)
+    ledger.pool_of_code[event.pool_code] = event.pool_id
+    for row, at_ms in event.cutoffs:
+        ledger.counters.cutoff_at_ms[row] = at_ms
+        ledger.counters.changed_seq[row] = ledger.seq
+        ledger.counters.plan_version[row] = event.planning_seq
+        ledger.touched.add(row)
+
+
+def _apply_counters_defined(ledger: Ledger, event: events.CountersDefined) -> None:
+    invariant(event.planning_seq > ledger.planning_seq, "plans must rise")
+    ledger.planning_seq = event.planning_seq
+    counters = ledger.counters
+    for pool_code, slot_id, base, overbook, buffer, closed, starts_at_ms, ends_at_ms, cutoff_ms in event.counters:
+        pool_id = ledger.pool_of_code[pool_code]
+        row = counters.find(pool_id, slot_id)
+        if row is None:
+            row = counters.append(pool_id, slot_id, pool_code, counter_hash(pool_id, slot_id))
+            counters.starts_at_ms[row] = starts_at_ms
+            counters.ends_at_ms[row] = ends_at_ms
+        counters.base[row] = base
+        counters.overbook[row] = overbook
+        counters.buffer[row] = buffer
+        counters.limit[row] = base + overbook - buffer
+        counters.closed[row] = closed
+        counters.cutoff_at_ms[row] = cutoff_ms
+        counters.changed_seq[row] = ledger.seq
+        counters.plan_version[row] = event.planning_seq
+        ledger.touched.add(row)
+
+
+def _forgettable(ledger: Ledger, event: events.Forgotten) -> list[tuple[int, int, int]]:
+    """(number, key_high, key_low) of the records this event names: finished, or confirmed for a slot long past."""
+    found: list[tuple[int, int, int]] = []
+    number = event.first
+    ends_at_ms = ledger.counters.view("ends_at_ms") if len(ledger.counters) else np.zeros(0, np.int64)
+    while True:
+        place = ledger.reservations.chunk_of(number)
+        if place is None or place[0].number[place[1]] > event.last:
+            return found
+        chunk = place[0]
+        numbers, status = chunk.view("number"), chunk.view("status")
+        finished = (status >= FULFILLED) & (chunk.view("changed_at_ms") < event.before_ms)
+        past = (status == CONFIRMED) & (ends_at_ms[chunk.view("counter")] < event.before_ms)
+        inside = (numbers >= event.first) & (numbers <= event.last) & (status != GONE)
+        rows = np.flatnonzero((finished | past) & inside)
+        found += zip(
+            numbers[rows].tolist(),
+            chunk.view("key_high")[rows].tolist(),
+            chunk.view("key_low")[rows].tolist(),
+            strict=True,
+        )
+        number = chunk.number[chunk.size - 1] + 1
+
+
+def _apply_forgotten(ledger: Ledger, event: events.Forgotten) -> None:
+    leaving = _forgettable(ledger, event)
+    for number, key_high, key_low in leaving:
+        ledger.keys.remove(key_high, key_low, number)
+    ledger.reservations.remove([number for number, _, _ in leaving])
+
+
+_APPLY: dict[type, Callable[[Ledger, Any], None]] = {
+    events.TermStarted: _apply_term_started,
+    events.Held: _apply_held,
+    events.ConfirmedAtOnce: _apply_confirmed_at_once,
+    events.Confirmed: _apply_confirmed,
+    events.Released: _apply_released,
+    events.Extended: _apply_extended,
+    events.Moved: _apply_moved,
+    events.Fulfilled: _apply_fulfilled,
+    events.Expired: _apply_expired,
+    events.Refused: _apply_refused,
+    events.PoolDefined: _apply_pool_defined,
+    events.CountersDefined: _apply_counters_defined,
+    events.Forgotten: _apply_forgotten,
+}
