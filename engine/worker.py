@@ -1,0 +1,412 @@
+"""The worker of one shard: the shell around the ledger that makes its decisions durable, visible and answered.
+
+Order of one round, and why
+1. Commands are decided as they arrive and their events applied at once: the open batch. Decisions see each other.
+2. When the commit before has returned, the batch is sealed: what the read model will show is copied now, because the
+   next batch changes the state while this one is being written. While one batch is made durable the next collects: that is
+   the group commit, and it needs no timer.
+3. One row is appended to the journal. If that fails, nobody knows whether it is on disk: the process is killed and
+   replays. There is no undo code.
+4. The counters that changed are published, then the replies are sent: who has an answer finds it in the overview.
+
+Answers that need no event (a look, a refusal already counted) wait for the commit in flight all the same: they may rest on
+decisions that are not durable yet.
+
+Bounds: a batch takes `batch_commands_max` commands, and none at all while a commit has been running for longer than
+`queue_ms_max`; the rest is refused at once as `overloaded`, before anything was done.
+
+Not promised: fairness between connections, or an answer after the caller's deadline.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+import trio
+
+from engine import codec, wire
+from engine.core import commands, events, ledger, outcomes
+from engine.core.columns import CounterTable
+from engine.core.invariant import invariant
+from engine.core.outcomes import Outcome
+from engine.failpoints import failpoint
+from engine.ports import GENESIS, Clock, Journal, JournalRow, Position
+from engine.service import Connection
+from engine.snapshot import Frozen, SnapshotFile, load_newest
+from readmodel.publisher import Publisher
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("worker")
+
+EXPIRY_TICK_S = 0.05
+"""How late the overview may show units of an expired hold as taken while nothing else happens on the shard. Decisions
+never wait for it: each frees what is due first."""
+HEARTBEAT_TICK_S = 0.1
+HOUSEKEEPING_TICK_S = 1.0
+PUBLISH_ONE_BY_ONE_MAX = 48
+"""Up to here single rows are published faster than the arrays of a vectorised publication are set up."""
+DISK_RESERVE_BYTES = 64 * 1024 * 1024
+"""Below this much free space new reservations are refused, so that releases, confirms and expiries keep working."""
+
+_ALWAYS_TAKEN = (commands.Look, commands.ShardStatus, commands.PlanningHead)
+_TAKES_UNITS = (commands.Hold, commands.Move)
+
+
+class Bounds(NamedTuple):
+    """What an operator may set, from the configuration."""
+
+    batch_commands_max: int
+    queue_ms_max: int
+    snapshot_every_events: int
+
+
+class Statistics(NamedTuple):
+    """What a worker has done since it started."""
+
+    commands: int
+    """Commands decided, whatever the outcome."""
+    events: int
+    """Events made durable."""
+    commits: int
+    """Rows appended: events / commits is the mean batch."""
+    overloaded: int
+    """Commands refused because the batch was full or the commit before took too long."""
+    too_late: int
+    """Commands dropped because their deadline had passed when they arrived."""
+    snapshots: int
+    """Snapshots completed."""
+
+
+class _Sealed(NamedTuple):
+    events: list[events.ShardEvent]
+    at_ms: int
+    replies: dict[Connection, list[tuple[int, outcomes.Reply]]]
+    changed: list[tuple[int, tuple[int, ...]]]
+    changed_many: (
+        tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.int64]]] | None
+    )
+    frozen: Frozen | None
+
+
+class Worker:
+    """One shard's only writer."""
+
+    def __init__(
+        self,
+        *,
+        state: ledger.Ledger,
+        journal: Journal,
+        publisher: Publisher,
+        clock: Clock,
+        rules: ledger.Rules,
+        bounds: Bounds,
+        directory: Path,
+    ) -> None:
+        self._ledger = state
+        self._journal = journal
+        self._publisher = publisher
+        self._clock = clock
+        self._rules = rules
+        self._bounds = bounds
+        self._directory = directory
+        self._events: list[events.ShardEvent] = []
+        self._replies: dict[Connection, list[tuple[int, outcomes.Reply]]] = {}
+        self._commands_open = 0
+        self._open_at_ms = 0
+        self._commit_began_ms: int | None = None
+        self._wake = trio.Event()
+        self._stopping = False
+        self._published_rows = 0
+        self._forget_from = 0
+        self._snapshot_seq = state.seq
+        self._snapshot_running = False
+        self._disk_low = False
+        self._counts = {"commands": 0, "events": 0, "commits": 0, "overloaded": 0, "too_late": 0, "snapshots": 0}
+
+    def statistics(self) -> Statistics:
+        """What this worker has done so far."""
+        return Statistics(**self._counts)
+
+    # --- deciding: never waits ----------------------------------------------------------------------------------------
+
+    def take(self, connection: Connection, payload: bytes) -> None:
+        """Decide the commands of one frame into the open batch."""
+        messages = wire.shard_commands.decode(payload)
+        monotonic_ms = self._clock.monotonic_ms()
+        overloaded = (
+            self._commit_began_ms is not None and monotonic_ms - self._commit_began_ms > self._bounds.queue_ms_max
+        )
+        replies = self._replies.setdefault(connection, [])
+        for request_id, deadline_ms, command in messages:
+            if deadline_ms < monotonic_ms:
+                self._counts["too_late"] += 1
+                replies.append((request_id, self._refused(Outcome.DEADLINE_PASSED)))
+            elif (overloaded or self._commands_open >= self._bounds.batch_commands_max) and not isinstance(
+                command, _ALWAYS_TAKEN
+            ):
+                self._counts["overloaded"] += 1
+                replies.append((request_id, self._refused(Outcome.OVERLOADED)))
+            elif self._disk_low and isinstance(command, _TAKES_UNITS):
+                replies.append((request_id, self._refused(Outcome.SHARD_FULL)))
+            else:
+                replies.append((request_id, self._decide(command)))
+        self._wake.set()
+
+    def _refused(self, outcome: Outcome) -> outcomes.Refused:
+        return outcomes.Refused(self._ledger.seq, outcome)
+
+    def _now_ms(self) -> int:
+        """The time of the open batch: one instant for all its events, never before the batch before."""
+        if not self._events:
+            self._open_at_ms = max(self._ledger.at_ms, self._clock.now_ms())
+        return self._open_at_ms
+
+    def _decide(self, command: commands.ShardCommand) -> outcomes.Reply:
+        self._commands_open += 1
+        self._counts["commands"] += 1
+        now_ms = self._now_ms()
+        self._expire(now_ms)
+        reply, made = ledger.decide(self._ledger, command, now_ms, self._rules)
+        for event in made:
+            self._apply(event, now_ms)
+        return reply
+
+    def _expire(self, now_ms: int) -> None:
+        while (expired := ledger.expire(self._ledger, now_ms)) is not None:
+            self._apply(expired, now_ms)
+
+    def _apply(self, event: events.ShardEvent, at_ms: int) -> None:
+        ledger.apply(self._ledger, event, at_ms)
+        self._events.append(event)
+
+    # --- committing ---------------------------------------------------------------------------------------------------
+
+    def _seal(self) -> _Sealed:
+        made, replies = self._events, self._replies
+        self._events, self._replies = [], {}
+        self._commands_open = 0
+        touched = self._ledger.touched
+        changed: list[tuple[int, tuple[int, ...]]] = []
+        changed_many = None
+        counters = self._ledger.counters
+        if len(touched) <= PUBLISH_ONE_BY_ONE_MAX:
+            changed = [(row, _published(counters, row)) for row in sorted(touched)]
+        else:
+            rows = np.fromiter(touched, np.int64, len(touched))
+            rows.sort()
+            changed_many = rows, published_many(counters, rows)
+        touched.clear()
+        frozen = None
+        if (
+            self._ledger.seq - self._snapshot_seq >= self._bounds.snapshot_every_events
+            and not self._snapshot_running
+            and made
+        ):
+            self._snapshot_running = True
+            self._snapshot_seq = self._ledger.seq
+            frozen = Frozen(self._ledger)
+        return _Sealed(made, self._open_at_ms, replies, changed, changed_many, frozen)
+
+    async def _commit(self, sealed: _Sealed, nursery: trio.Nursery) -> None:
+        """Steps 3 and 4 of a round."""
+        if sealed.events:
+            self._commit_began_ms = self._clock.monotonic_ms()
+            failpoint("before_append")
+            row = await self._journal.append(
+                count=len(sealed.events),
+                at_ms=sealed.at_ms,
+                schema=events.SCHEMA,
+                body=codec.encode(sealed.events),
+            )
+            failpoint("after_append")
+            self._commit_began_ms = None
+            self._counts["commits"] += 1
+            self._counts["events"] += row.count
+            self._publish(sealed, row)
+            failpoint("after_publish")
+            if sealed.frozen is not None:
+                nursery.start_soon(self._write_snapshot, sealed.frozen, row.end)
+        for connection, replies in sealed.replies.items():
+            connection.send(wire.frame(replies))
+
+    def _publish(self, sealed: _Sealed, row: JournalRow) -> None:
+        counters = self._ledger.counters
+        for counter, values in sealed.changed:
+            if counter >= self._published_rows:
+                self._append_published(counters, counter, values)
+            else:
+                self._publisher.publish(counter, values)
+        if sealed.changed_many is not None:
+            rows, columns = sealed.changed_many
+            known = int(np.searchsorted(rows, self._published_rows))
+            self._publisher.publish_many(rows[:known], columns[:known])
+            for counter, values in zip(rows[known:].tolist(), columns[known:].tolist(), strict=True):
+                self._append_published(counters, counter, tuple(values))
+        self._publisher.set_position(row.end.seq, row.at_ms)
+
+    def _append_published(self, counters: CounterTable, counter: int, values: tuple[int, ...]) -> None:
+        row = self._publisher.append(counters.pool_code[counter], counters.slot_id[counter].encode(), values)
+        invariant(row == counter, "rows of the read model are rows of the ledger")
+        self._published_rows = row + 1
+
+    def publish_all(self) -> None:
+        """Publish the whole state into a fresh generation of the read model and make it the live one."""
+        counters = self._ledger.counters
+        for counter in range(len(counters)):
+            self._append_published(counters, counter, _published(counters, counter))
+        self._ledger.touched.clear()
+        self._publisher.set_position(self._ledger.seq, self._ledger.at_ms)
+        self._publisher.switch()
+
+    async def _write_snapshot(self, frozen: Frozen, position: Position) -> None:
+        """Write a frozen state away, a section at a time, in a thread. A full disk costs the snapshot, nothing else."""
+        sections = frozen.sections(position)
+        try:
+            file = await trio.to_thread.run_sync(SnapshotFile, self._directory, frozen.seq)
+            try:
+                for section in sections:
+                    await trio.to_thread.run_sync(file.add, section)
+                await trio.to_thread.run_sync(file.finish)
+                self._counts["snapshots"] += 1
+            except BaseException:
+                file.drop()
+                raise
+        except OSError as error:
+            log.warning("a snapshot could not be written: a restart would take longer", error=str(error))
+            for _ in sections:
+                await trio.lowlevel.checkpoint()
+        finally:
+            self._snapshot_running = False
+
+    # --- tasks --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit until `stop`. The open batch is committed before this returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tick_expiry)
+            nursery.start_soon(self._tick_heartbeat)
+            nursery.start_soon(self._tick_housekeeping)
+            while True:
+                if not self._replies and not self._events:
+                    if self._stopping:
+                        break
+                    await self._wake.wait()
+                    self._wake = trio.Event()
+                await self._commit(self._seal(), nursery)
+                await self._journal.maintain()
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Let `run` return once everything taken has been committed and answered."""
+        self._stopping = True
+        self._wake.set()
+
+    def start_term(self, epoch: int, restart: int) -> None:
+        """Open the first batch with the event that begins this worker's term."""
+        self._apply(events.TermStarted(epoch, restart), self._now_ms())
+
+    async def commit_first(self) -> None:
+        """Commit the first batch before anybody is served: it proves that the disk takes writes."""
+        async with trio.open_nursery() as nursery:
+            await self._commit(self._seal(), nursery)
+
+    async def _tick_expiry(self) -> None:
+        while True:
+            await trio.sleep(EXPIRY_TICK_S)
+            next_ms = self._ledger.expiry.next_ms()
+            if next_ms is not None and next_ms <= self._clock.now_ms():
+                self._expire(self._now_ms())
+                if self._events:
+                    self._wake.set()
+
+    async def _tick_heartbeat(self) -> None:
+        while True:
+            self._publisher.heartbeat(self._clock.monotonic_ms())
+            await trio.sleep(HEARTBEAT_TICK_S)
+
+    async def _tick_housekeeping(self) -> None:
+        while True:
+            await trio.sleep(HOUSEKEEPING_TICK_S)
+            event, self._forget_from = ledger.forget(self._ledger, self._forget_from, self._clock.now_ms(), self._rules)
+            if event is not None:
+                self._apply(event, self._now_ms())
+                self._wake.set()
+            disk = os.statvfs(self._directory)
+            disk_low = disk.f_bavail * disk.f_frsize < DISK_RESERVE_BYTES
+            if disk_low != self._disk_low:
+                self._disk_low = disk_low
+                log.warning("disk space is low: new reservations are refused" if disk_low else "disk space is back")
+
+
+def _published(counters: CounterTable, row: int) -> tuple[int, ...]:
+    """What the read model shows of a counter, in the order of `readmodel.layout.MUTABLE_FIELDS`."""
+    return (
+        counters.limit[row],
+        counters.base[row],
+        counters.overbook[row],
+        counters.buffer[row],
+        counters.held[row],
+        counters.confirmed[row],
+        counters.fulfilled[row],
+        counters.refused[row],
+        counters.closed[row],
+        counters.starts_at_ms[row],
+        counters.ends_at_ms[row],
+        counters.cutoff_at_ms[row],
+        counters.changed_seq[row],
+        counters.plan_version[row],
+    )
+
+
+PUBLISHED_COLUMNS = (
+    "limit",
+    "base",
+    "overbook",
+    "buffer",
+    "held",
+    "confirmed",
+    "fulfilled",
+    "refused",
+    "closed",
+    "starts_at_ms",
+    "ends_at_ms",
+    "cutoff_at_ms",
+    "changed_seq",
+    "plan_version",
+)
+
+
+def published_many(
+    counters: CounterTable, rows: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """As `_published`, for many rows: shape (rows, fields)."""
+    columns = np.empty((len(rows), len(PUBLISHED_COLUMNS)), np.int64)
+    for place, field in enumerate(PUBLISHED_COLUMNS):
+        columns[:, place] = counters.view(field)[rows]
+    return columns
+
+
+class Recovered(NamedTuple):
+    """What recovery found."""
+
+    state: ledger.Ledger
+    from_seq: int
+    """The snapshot's last event; 0 without one."""
+    events_replayed: int
+    warnings: list[str]
+
+
+def recover(journal: Journal, directory: Path) -> Recovered:
+    """The state of a shard: the newest good snapshot and every event after it.
+
+    Raises `JournalCorruptError` where the journal does not carry the state up to where it had got.
+    """
+    state, position, warnings = load_newest(directory)
+    from_seq = state.seq
+    replayed = 0
+    for row in journal.read(GENESIS if position is None else position):
+        for event in codec.decode_shard(row):
+            ledger.apply(state, event, row.at_ms)
+        replayed += row.count
+    return Recovered(state, from_seq, replayed, warnings)
