@@ -651,8 +651,9 @@ def _apply_released(ledger: Ledger, event: events.Released) -> None:
 
 def _apply_extended(ledger: Ledger, event: events.Extended) -> None:
     chunk, row, _ = _changing(ledger, event.number, "extend", event.action)
-    chunk.expires_at_ms[row] = event.expires_at_ms
-    ledger.expiry.add(event.number, event.expires_at_ms)
+    if event.expires_at_ms != chunk.expires_at_ms[row]:  # an equal entry in the queue would expire the hold twice
+        chunk.expires_at_ms[row] = event.expires_at_ms
+        ledger.expiry.add(event.number, event.expires_at_ms)
 
 
 def _apply_moved(ledger: Ledger, event: events.Moved) -> None:
