@@ -5,7 +5,8 @@ and scanned at array speed; and the garbage collector never has to walk millions
 
 Rules
 - Reservations lie in chunks of CHUNK_ROWS rows, in rising order of their number, so a number is found by two bisections
-  and needs no index. Removing a record leaves a hole; a full chunk with more holes than records is compacted.
+  and needs no index. Removing a record leaves a hole; a chunk with more holes than records is compacted, except the last
+  one while it fills.
 - Keys are found through an open-addressing table split into PARTITIONS parts, so that its growth is never one long stall.
 - A snapshot is taken chunk by chunk while work goes on: a chunk not yet saved is copied before it is changed
   (`ReservationTable.writable`), so what is saved is the state at one instant.
@@ -273,7 +274,7 @@ class ReservationTable:
             self.long_lines[number] = lines
 
     def remove(self, numbers: list[int]) -> None:
-        """Leave holes for these records, then compact what has become mostly holes."""
+        """Leave holes for these records, then compact what has become mostly holes. The numbers must rise."""
         touched: dict[int, Chunk] = {}
         for number in numbers:
             chunk, row = self.writable(number)
@@ -284,11 +285,12 @@ class ReservationTable:
             self.count -= 1
             touched[id(chunk)] = chunk
         for chunk in touched.values():
-            if chunk.size == CHUNK_ROWS and chunk.alive * 2 <= CHUNK_ROWS:
+            still_filling = chunk is self._chunks[-1] and chunk.size < CHUNK_ROWS
+            if chunk.alive * 2 <= chunk.size and not still_filling:
                 self._compact(chunk)
 
     def _compact(self, chunk: Chunk) -> None:
-        """Close the holes of a full chunk; join it with the one before where both fit into one."""
+        """Close the holes of a chunk; join it with the one before where both fit into one."""
         place = self._chunks.index(chunk)
         if chunk.alive == 0:
             del self._chunks[place], self._firsts[place]
@@ -353,8 +355,17 @@ class ReservationTable:
         self.count = sum(chunk.alive for chunk in chunks)
 
 
+def _slots_for(keys: int) -> int:
+    """The size of a partition laid anew: a power of two, filled to 8/13 at most.
+
+    It is laid anew when filled to 2/3, so what comes and goes at a steady count must fill a twentieth of it in between:
+    filled to just under 2/3 at once, every other key would lay thousands anew.
+    """
+    return max(PARTITION_SLOTS_MIN, 1 << (keys * 13 // 8).bit_length())
+
+
 class KeyIndex:
-    """16-byte keys to reservation numbers: open addressing in flat arrays, 24 to 48 bytes a key.
+    """16-byte keys to reservation numbers: open addressing in flat arrays, 24 to 52 bytes a key.
 
     The low half of a key picks the partition, the high half is kept in the table; equal high halves are told apart by
     the low half in the reservation's own row, so a match is always on all 128 bits.
@@ -387,7 +398,7 @@ class KeyIndex:
         """File a number (never 0 or -1) under a key that is not yet here."""
         part = key_low & (PARTITIONS - 1)
         if self._filled[part] * 3 >= len(self._numbers[part]) * 2:
-            self._rebuild(part, max(PARTITION_SLOTS_MIN, 1 << (self._alive[part] * 3 // 2).bit_length()))
+            self._rebuild(part, _slots_for(self._alive[part]))
         numbers = self._numbers[part]
         mask = len(numbers) - 1
         place = key_high & mask
@@ -443,8 +454,7 @@ class KeyIndex:
         bounds = np.searchsorted(parts[order], np.arange(PARTITIONS + 1))
         for part in range(PARTITIONS):
             chosen = order[bounds[part] : bounds[part + 1]]
-            slots = max(PARTITION_SLOTS_MIN, 1 << (len(chosen) * 3 // 2).bit_length())
-            self._fill(part, key_high[chosen], numbers[chosen], slots)
+            self._fill(part, key_high[chosen], numbers[chosen], _slots_for(len(chosen)))
 
 
 class ExpiryQueue:
