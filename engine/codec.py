@@ -31,13 +31,15 @@ def encode(events: list[ShardEvent] | list[PlannerEvent]) -> bytes:
 
 def _upcast(row: JournalRow) -> bytes:
     body = row.body
-    for version in range(row.schema, SCHEMA):
-        body = UPCASTERS[version](body)
     if row.schema > SCHEMA:
         raise JournalCorruptError(
             f"the row at {row.seq} has event schema {row.schema}, this version reads up to {SCHEMA}: "
             "run a version of slotkeeper at least as new as the one that wrote it"
         )
+    for version in range(row.schema, SCHEMA):
+        if version not in UPCASTERS:
+            raise JournalCorruptError(f"the row at {row.seq} has event schema {row.schema}, which there never was")
+        body = UPCASTERS[version](body)
     return body
 
 

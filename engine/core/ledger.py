@@ -345,7 +345,10 @@ def _decide_plan_counters(ledger: Ledger, command: commands.PlanCounters, now_ms
         return outcomes.Planned(ledger.seq, ledger.planning_seq), ()
     for plan in command.counters:
         invariant(plan.pool_code in ledger.pool_of_code, "a pool must reach a shard before its counters")
-    if len(ledger.counters) + len(command.counters) > COUNTERS_OF_SHARD_MAX:
+    new_count = sum(
+        ledger.counters.find(ledger.pool_of_code[plan.pool_code], plan.slot_id) is None for plan in command.counters
+    )
+    if len(ledger.counters) + new_count > COUNTERS_OF_SHARD_MAX:
         return _no(ledger, Outcome.SHARD_FULL, f"a shard holds at most {COUNTERS_OF_SHARD_MAX} counters")
     rows = [
         (
@@ -635,6 +638,8 @@ def _apply_confirmed(ledger: Ledger, event: events.Confirmed) -> None:
     invariant(event.late == (chunk.status[row] == EXPIRED), "late means confirmed after expiry")
     _move_units(ledger, lines, chunk.status[row], -1)
     if event.kept is not None:
+        had = dict(lines)
+        invariant(all(units <= had.get(counter, 0) for counter, units in event.kept), "kept units must have been held")
         lines = tuple(event.kept)
         ledger.reservations.set_lines(chunk, row, lines)
     _move_units(ledger, lines, to, 1)

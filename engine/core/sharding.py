@@ -45,7 +45,7 @@ def reservation_id(number: int) -> str:
 
 def parse_reservation_id(text: str) -> int | None:
     """The number of a public id, or None where the text can be none."""
-    if len(text) < 5 or len(text) > 17 or text[0] != "r" or text[1] == "0":
+    if len(text) < 6 or len(text) > 17 or text[0] != "r" or text[1] == "0":
         return None
     digits = text[1:]
     if not all(character in "0123456789abcdef" for character in digits):
