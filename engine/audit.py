@@ -1,0 +1,569 @@
+"""An auditor that proves from a shard's events alone that every promise was kept at every position.
+
+It is a second, naive reading of the events. It does not import the ledger or its columns, so a mistake there does not
+repeat itself here; it shares with them the events and the rule that makes a reservation's number, both part of the journal's
+format. `slotkeeper verify` folds a journal through it and compares `totals` with what the ledger came to.
+
+What it proves
+- taking units never makes `used` pass `limit`, and nothing is taken of a counter that is closed or past its cut-off;
+- `used` above `limit` comes from a plan that lowered the limit, and each such time is listed, with its end;
+- every step of a reservation is legal by STEPS below, and no key makes two live records;
+- holds expire at their own time, not before it, and before anything else is decided at or after it;
+- a refusal had a cause;
+- terms, plans, positions rise and time does not go back;
+- `recount`: units of a counter are the sum of the lines of its reservations, by status. This one reads every live
+  reservation, so it is asked for at a position and not repeated at each.
+
+A broken rule is a finding, a value. After it the auditor goes on with what the event says where that has a meaning, and
+passes over the event where it has none, so one mistake may be followed by findings that are its consequences: read the first.
+
+Not promised: that the bytes are what was written (the journal's hash chain does that), that an answer reached anybody, or
+that a retried refusal was counted once (the keys of refusals are not kept for ever).
+"""
+
+import heapq
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgspec
+
+from engine.core import events
+from engine.core.sharding import counter_hash, reservation_number
+
+HELD, CONFIRMED, FULFILLED, RELEASED, EXPIRED = range(5)
+"""Status of a record. The first three take units and index `_Counter.units`."""
+
+STATUS_WORDS = ("held", "confirmed", "fulfilled", "released", "expired")
+
+STEPS: dict[tuple[int, str], int] = {
+    (HELD, "confirm"): CONFIRMED,
+    (HELD, "extend"): HELD,
+    (HELD, "move"): HELD,
+    (HELD, "release"): RELEASED,
+    (HELD, "expire"): EXPIRED,
+    (EXPIRED, "confirm late"): CONFIRMED,
+    (CONFIRMED, "move"): CONFIRMED,
+    (CONFIRMED, "release"): RELEASED,
+    (CONFIRMED, "fulfil"): FULFILLED,
+}
+"""Every legal step, written down from the vocabulary and not from the ledger. What is not here is illegal."""
+
+FINDINGS_MAX = 1_000
+"""Findings kept; more are only counted. A journal with a thousand of them needs a person, not a longer list."""
+
+_NEVER_MS = 2**63
+_NUMBER_BITS = 64
+_UNDECIDED = frozenset(
+    {events.TermStarted, events.Expired, events.PoolDefined, events.CountersDefined, events.Forgotten}
+)
+"""Events that answer no customer: they may come before the holds that are due have been expired."""
+
+Lines = tuple[events.CounterUnits, ...]
+CounterName = tuple[str, str]
+"""pool_id and slot_id."""
+
+
+class Rule(StrEnum):
+    """What a finding is about: named after the rule as it was broken."""
+
+    SEQ_SKIPPED = "seq_skipped"
+    TIME_WENT_BACK = "time_went_back"
+    TERM_NOT_RISEN = "term_not_risen"
+    PLANNING_SEQ_NOT_RISEN = "planning_seq_not_risen"
+    UNKNOWN_POOL = "unknown_pool"
+    UNKNOWN_RESERVATION = "unknown_reservation"
+    LINES_IMPOSSIBLE = "lines_impossible"
+    LIMIT_PASSED = "limit_passed"
+    TAKEN_WHILE_CLOSED = "taken_while_closed"
+    TAKEN_PAST_CUTOFF = "taken_past_cutoff"
+    UNITS_BELOW_ZERO = "units_below_zero"
+    UNITS_NOT_THE_SUM = "units_not_the_sum"
+    STEP_ILLEGAL = "step_illegal"
+    KEY_USED_TWICE = "key_used_twice"
+    KEPT_MORE_THAN_HELD = "kept_more_than_held"
+    HOLD_SHORTENED = "hold_shortened"
+    EXPIRED_TOO_EARLY = "expired_too_early"
+    EXPIRED_AT_ANOTHER_TIME = "expired_at_another_time"
+    HOLD_OVERDUE = "hold_overdue"
+    REFUSED_WITHOUT_CAUSE = "refused_without_cause"
+
+
+class Finding(NamedTuple):
+    """A rule broken by event `seq`: on which counter or reservation, and in words for a person."""
+
+    seq: int
+    what: Rule
+    counter: CounterName | None
+    number: int | None
+    detail: str
+
+
+class Overcommitment(NamedTuple):
+    """Not a finding: a plan set `limit` below the `used` units at `seq`. It was over at `until_seq`, None: not yet."""
+
+    seq: int
+    counter: CounterName
+    used: int
+    limit: int
+    until_seq: int | None
+
+
+class CounterTotals(NamedTuple):
+    """A counter as its events leave it, in units."""
+
+    pool_id: str
+    slot_id: str
+    base: int
+    limit: int
+    held: int
+    confirmed: int
+    fulfilled: int
+    refused: int
+
+
+class Statistics(NamedTuple):
+    """How much has been audited."""
+
+    seq: int
+    """The last event taken."""
+    counters: int
+    """Counters defined."""
+    reservations: int
+    """Records not forgotten."""
+    findings: int
+    """Rules broken, those beyond FINDINGS_MAX included."""
+    overcommitments: int
+    """Times a plan went below what was booked."""
+
+
+class _Counter:
+    """A counter: what was planned, what is taken."""
+
+    __slots__ = (
+        "base",
+        "closed",
+        "cutoff_at_ms",
+        "ends_at_ms",
+        "hashed",
+        "left",
+        "limit",
+        "name",
+        "overcommitment",
+        "refused",
+        "units",
+    )
+
+    def __init__(self, name: CounterName, ends_at_ms: int) -> None:
+        self.name = name
+        self.hashed = counter_hash(*name)
+        self.ends_at_ms = ends_at_ms
+        """As first defined: a counter keeps its instants."""
+        self.base = 0
+        self.limit = 0
+        self.closed = False
+        self.cutoff_at_ms = 0
+        self.units = [0, 0, 0]
+        """Units by HELD, CONFIRMED, FULFILLED."""
+        self.left = [0, 0, 0]
+        """The part of `units` whose records have been forgotten."""
+        self.refused = 0
+        self.overcommitment: int | None = None
+        """Index in `Auditor.overcommitments` of the one that is not over."""
+
+
+class _Record(msgspec.Struct, gc=False):
+    """A reservation. A struct outside the garbage collector's sight: there are millions."""
+
+    status: int
+    lines: Lines
+    expires_at_ms: int
+    changed_at_ms: int
+    key: bytes
+
+
+class Auditor:
+    """Folds the events of one shard, from the first on, and remembers every rule one of them broke."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.overcommitments: list[Overcommitment] = []
+        self._findings_count = 0
+        self._seq = 0
+        self._at_ms = 0
+        self._term = (0, 0)
+        self._planning_seq = 0
+        self._pool_of_code: dict[int, str] = {}
+        self._row_of_counter: dict[CounterName, int] = {}
+        self._counters: list[_Counter] = []
+        self._records: dict[int, _Record] = {}
+        self._numbers = array("q")
+        """The keys of `_records`, rising, and some that are gone: to find a range of them."""
+        self._keys: set[bytes] = set()
+        self._due: list[int] = []
+        """A heap of `expires_at_ms << _NUMBER_BITS | number`; entries of what is no longer held are passed over."""
+        self._due_next_ms = _NEVER_MS
+        self._fold: dict[type, Callable[[Any], None]] = {
+            events.TermStarted: self._term_started,
+            events.Held: self._held,
+            events.ConfirmedAtOnce: self._confirmed_at_once,
+            events.Confirmed: self._confirmed,
+            events.Released: self._released,
+            events.Extended: self._extended,
+            events.Moved: self._moved,
+            events.Fulfilled: self._fulfilled,
+            events.Expired: self._expired,
+            events.Refused: self._refused,
+            events.PoolDefined: self._pool_defined,
+            events.CountersDefined: self._counters_defined,
+            events.Forgotten: self._forgotten,
+        }
+
+    def take(self, seq: int, at_ms: int, event: events.ShardEvent) -> None:
+        """The next event, with its position and the time of its row. What it breaks is in `findings` afterwards."""
+        if seq != self._seq + 1:
+            self._find(Rule.SEQ_SKIPPED, f"{seq} comes after {self._seq}", seq=seq)
+        if at_ms < self._at_ms:
+            self._find(Rule.TIME_WENT_BACK, f"{at_ms} ms comes after {self._at_ms} ms", seq=seq)
+        self._seq = seq
+        self._at_ms = at_ms
+        kind = type(event)
+        if at_ms >= self._due_next_ms and kind not in _UNDECIDED:
+            self._look_for_overdue_holds()
+        self._fold[kind](event)
+
+    def recount(self) -> None:
+        """Compare the units of every counter with the sum of its reservations' lines. Takes about 0.3 s a million."""
+        sums = [counter.left[:] for counter in self._counters]
+        for record in self._records.values():
+            if record.status <= FULFILLED:
+                for row, units in record.lines:
+                    sums[row][record.status] += units
+        for counter, by_status in zip(self._counters, sums, strict=True):
+            if by_status != counter.units:
+                self._find(
+                    Rule.UNITS_NOT_THE_SUM, f"units {counter.units}, sum of the lines {by_status}", counter=counter
+                )
+
+    def totals(self) -> list[CounterTotals]:
+        """Every counter, in order of definition, which is the order of the ledger's rows."""
+        return [
+            CounterTotals(
+                pool_id=counter.name[0],
+                slot_id=counter.name[1],
+                base=counter.base,
+                limit=counter.limit,
+                held=counter.units[HELD],
+                confirmed=counter.units[CONFIRMED],
+                fulfilled=counter.units[FULFILLED],
+                refused=counter.refused,
+            )
+            for counter in self._counters
+        ]
+
+    def statistics(self) -> Statistics:
+        """How much has been audited, and with what result."""
+        return Statistics(
+            self._seq, len(self._counters), len(self._records), self._findings_count, len(self.overcommitments)
+        )
+
+    # --- findings -----------------------------------------------------------------------------------------------------
+
+    def _find(
+        self,
+        what: Rule,
+        detail: str,
+        *,
+        counter: _Counter | None = None,
+        number: int | None = None,
+        seq: int | None = None,
+    ) -> None:
+        self._findings_count += 1
+        if len(self.findings) < FINDINGS_MAX:
+            name = None if counter is None else counter.name
+            self.findings.append(Finding(self._seq if seq is None else seq, what, name, number, detail))
+
+    def _look_for_overdue_holds(self) -> None:
+        """A decision must find nothing held whose time has come."""
+        due = self._due
+        while due and due[0] >> _NUMBER_BITS <= self._at_ms:
+            entry = heapq.heappop(due)
+            expires_at_ms, number = entry >> _NUMBER_BITS, entry & (1 << _NUMBER_BITS) - 1
+            record = self._records.get(number)
+            if record is not None and record.status == HELD and record.expires_at_ms == expires_at_ms:
+                detail = f"a decision at {self._at_ms} ms, but this hold was due at {expires_at_ms} ms"
+                self._find(Rule.HOLD_OVERDUE, detail, number=number)
+        self._due_next_ms = due[0] >> _NUMBER_BITS if due else _NEVER_MS
+
+    # --- counters -----------------------------------------------------------------------------------------------------
+
+    def _lines(self, lines: list[events.CounterUnits], number: int | None) -> Lines | None:
+        """The lines, or None and a finding where they name no counter, a counter twice, or no units."""
+        known = len(self._counters)
+        for row, units in lines:
+            if not 0 <= row < known or units <= 0:
+                self._find(Rule.LINES_IMPOSSIBLE, f"{units} units of counter row {row} of {known}", number=number)
+                return None
+        if not lines or (len(lines) > 1 and len(dict(lines)) < len(lines)):
+            self._find(Rule.LINES_IMPOSSIBLE, f"no lines, or a counter twice: {lines}", number=number)
+            return None
+        return tuple(lines)
+
+    def _check_open(self, counter: _Counter, number: int) -> None:
+        """What takes or confirms units must meet an open counter before its cut-off."""
+        if counter.closed:
+            self._find(Rule.TAKEN_WHILE_CLOSED, "the counter is closed", counter=counter, number=number)
+        if self._at_ms >= counter.cutoff_at_ms:
+            detail = f"at {self._at_ms} ms, cut-off at {counter.cutoff_at_ms} ms"
+            self._find(Rule.TAKEN_PAST_CUTOFF, detail, counter=counter, number=number)
+
+    def _take_units(self, lines: Lines, status: int, number: int) -> None:
+        for row, units in lines:
+            counter = self._counters[row]
+            taken = counter.units
+            taken[status] += units
+            if taken[0] + taken[1] + taken[2] > counter.limit:
+                detail = f"{units} units taken: used {sum(taken)}, limit {counter.limit}"
+                self._find(Rule.LIMIT_PASSED, detail, counter=counter, number=number)
+            if counter.closed or self._at_ms >= counter.cutoff_at_ms:
+                self._check_open(counter, number)
+
+    def _give_back(self, lines: Lines, status: int, number: int) -> None:
+        for row, units in lines:
+            self._give_back_of(self._counters[row], units, status, number)
+
+    def _give_back_of(self, counter: _Counter, units: int, status: int, number: int) -> None:
+        counter.units[status] -= units
+        if counter.units[status] < 0:
+            self._find(Rule.UNITS_BELOW_ZERO, f"{STATUS_WORDS[status]} units", counter=counter, number=number)
+        if counter.overcommitment is not None:
+            self._settle(counter)
+
+    def _settle(self, counter: _Counter) -> None:
+        """Close the overcommitment of a counter where its units fit again."""
+        index = counter.overcommitment
+        if index is not None and sum(counter.units) <= max(0, counter.limit):
+            self.overcommitments[index] = self.overcommitments[index]._replace(until_seq=self._seq)
+            counter.overcommitment = None
+
+    # --- reservations -------------------------------------------------------------------------------------------------
+
+    def _step(self, number: int, verb: str) -> tuple[_Record, int] | None:
+        """The record a step changes and the status it had, moved on; or None and a finding where the step is illegal."""
+        record = self._records.get(number)
+        if record is None:
+            self._find(Rule.UNKNOWN_RESERVATION, f"{verb}: never made, or forgotten", number=number)
+            return None
+        was = record.status
+        to = STEPS.get((was, verb))
+        if to is None:
+            self._find(Rule.STEP_ILLEGAL, f"{verb} of what is {STATUS_WORDS[was]}", number=number)
+            return None
+        record.status = to
+        record.changed_at_ms = self._at_ms
+        return record, was
+
+    def _make(self, event: events.Held | events.ConfirmedAtOnce, status: int, expires_at_ms: int) -> None:
+        lines = self._lines(event.lines, None)
+        if lines is None:
+            return
+        number = reservation_number(self._seq, self._counters[lines[0][0]].hashed)
+        key = bytes.fromhex(event.key)
+        if key in self._keys:
+            self._find(Rule.KEY_USED_TWICE, f"key {event.key} has a live record", number=number)
+        self._keys.add(key)
+        self._records[number] = _Record(status, lines, expires_at_ms, self._at_ms, key)
+        self._numbers.append(number)
+        self._take_units(lines, status, number)
+        if status == HELD:
+            self._await_expiry(number, expires_at_ms)
+
+    def _await_expiry(self, number: int, expires_at_ms: int) -> None:
+        heapq.heappush(self._due, expires_at_ms << _NUMBER_BITS | number)
+        self._due_next_ms = min(self._due_next_ms, expires_at_ms)
+
+    def _held(self, event: events.Held) -> None:
+        self._make(event, HELD, event.expires_at_ms)
+
+    def _confirmed_at_once(self, event: events.ConfirmedAtOnce) -> None:
+        self._make(event, CONFIRMED, 0)
+
+    def _confirmed(self, event: events.Confirmed) -> None:
+        kept = None
+        if event.kept is not None:
+            kept = self._lines(event.kept, event.number)
+            if kept is None:
+                return
+        step = self._step(event.number, "confirm late" if event.late else "confirm")
+        if step is None:
+            return
+        record, _ = step
+        had = dict(record.lines)
+        if kept is not None:
+            if any(units > had.get(row, 0) for row, units in kept):
+                detail = f"kept {kept} of {record.lines}"
+                self._find(Rule.KEPT_MORE_THAN_HELD, detail, number=event.number)
+            record.lines = kept
+        if event.late:
+            self._take_units(record.lines, CONFIRMED, event.number)
+            return
+        for row, units in record.lines:
+            counter = self._counters[row]
+            counter.units[CONFIRMED] += units
+            self._check_open(counter, event.number)
+        self._give_back(tuple(had.items()), HELD, event.number)
+
+    def _released(self, event: events.Released) -> None:
+        step = self._step(event.number, "release")
+        if step is not None:
+            self._give_back(step[0].lines, step[1], event.number)
+
+    def _extended(self, event: events.Extended) -> None:
+        step = self._step(event.number, "extend")
+        if step is None:
+            return
+        record, _ = step
+        if event.expires_at_ms < record.expires_at_ms:
+            detail = f"from {record.expires_at_ms} ms to {event.expires_at_ms} ms"
+            self._find(Rule.HOLD_SHORTENED, detail, number=event.number)
+        if event.expires_at_ms != record.expires_at_ms:
+            record.expires_at_ms = event.expires_at_ms
+            self._await_expiry(event.number, event.expires_at_ms)
+
+    def _moved(self, event: events.Moved) -> None:
+        """Only what rises is taken: the units a reservation has count as its own."""
+        lines = self._lines(event.lines, event.number)
+        if lines is None:
+            return
+        step = self._step(event.number, "move")
+        if step is None:
+            return
+        record, status = step
+        rest = dict(record.lines)
+        record.lines = lines
+        for row, units in lines:
+            more = units - rest.pop(row, 0)
+            if more > 0:
+                self._take_units(((row, more),), status, event.number)
+            elif more < 0:
+                self._give_back_of(self._counters[row], -more, status, event.number)
+        self._give_back(tuple(rest.items()), status, event.number)
+
+    def _fulfilled(self, event: events.Fulfilled) -> None:
+        step = self._step(event.number, "fulfil")
+        if step is None:
+            return
+        for row, units in step[0].lines:
+            self._counters[row].units[FULFILLED] += units
+        self._give_back(step[0].lines, CONFIRMED, event.number)
+
+    def _expired(self, event: events.Expired) -> None:
+        for number, expired_at_ms in zip(event.numbers, event.expired_at_ms, strict=True):
+            step = self._step(number, "expire")
+            if step is None:
+                continue
+            record, _ = step
+            if expired_at_ms != record.expires_at_ms:
+                detail = f"expired at {expired_at_ms} ms, due at {record.expires_at_ms} ms"
+                self._find(Rule.EXPIRED_AT_ANOTHER_TIME, detail, number=number)
+            if self._at_ms < expired_at_ms:
+                detail = f"at {self._at_ms} ms, due at {expired_at_ms} ms"
+                self._find(Rule.EXPIRED_TOO_EARLY, detail, number=number)
+            self._give_back(record.lines, HELD, number)
+
+    def _refused(self, event: events.Refused) -> None:
+        """The first counter named is the one whose rule is the reason. In a move, units had count as free: none is less."""
+        known = len(self._counters)
+        if not event.counters or any(not 0 <= row < known or units <= 0 for row, units, _ in event.counters):
+            self._find(Rule.LINES_IMPOSSIBLE, f"refused {event.counters} of {known} counters")
+            return
+        row, asked, _ = event.counters[0]
+        counter = self._counters[row]
+        room = counter.limit - sum(counter.units)
+        cause = {
+            "slot_closed": counter.closed,
+            "past_cutoff": self._at_ms >= counter.cutoff_at_ms,
+            "insufficient_capacity": asked > room,
+        }
+        if not cause.get(event.reason, False):
+            detail = f"{event.reason}, but {asked} units asked of {room}, closed {counter.closed}"
+            self._find(Rule.REFUSED_WITHOUT_CAUSE, detail, counter=counter)
+        for row, asked, _ in event.counters:
+            self._counters[row].refused += asked
+
+    # --- plans, terms, upkeep -----------------------------------------------------------------------------------------
+
+    def _term_started(self, event: events.TermStarted) -> None:
+        term = (event.epoch, event.restart)
+        if term <= self._term:
+            self._find(Rule.TERM_NOT_RISEN, f"{term} comes after {self._term}")
+        self._term = term
+
+    def _planned(self, planning_seq: int) -> None:
+        if planning_seq <= self._planning_seq:
+            self._find(Rule.PLANNING_SEQ_NOT_RISEN, f"{planning_seq} comes after {self._planning_seq}")
+        self._planning_seq = planning_seq
+
+    def _pool_defined(self, event: events.PoolDefined) -> None:
+        self._planned(event.planning_seq)
+        self._pool_of_code[event.pool_code] = event.pool_id
+        for row, cutoff_at_ms in event.cutoffs:
+            if 0 <= row < len(self._counters) and self._counters[row].name[0] == event.pool_id:
+                self._counters[row].cutoff_at_ms = cutoff_at_ms
+            else:
+                self._find(Rule.LINES_IMPOSSIBLE, f"pool {event.pool_id} has no counter row {row}")
+
+    def _counters_defined(self, event: events.CountersDefined) -> None:
+        self._planned(event.planning_seq)
+        for pool_code, slot_id, base, overbook, buffer, closed, _, ends_at_ms, cutoff_at_ms in event.counters:
+            pool_id = self._pool_of_code.get(pool_code)
+            if pool_id is None:
+                self._find(Rule.UNKNOWN_POOL, f"pool code {pool_code}, slot {slot_id}")
+                continue
+            name = (pool_id, slot_id)
+            row = self._row_of_counter.setdefault(name, len(self._counters))
+            if row == len(self._counters):
+                self._counters.append(_Counter(name, ends_at_ms))
+            counter = self._counters[row]
+            counter.base = base
+            counter.limit = base + overbook - buffer
+            counter.closed = closed
+            counter.cutoff_at_ms = cutoff_at_ms
+            self._overcommit(counter)
+
+    def _overcommit(self, counter: _Counter) -> None:
+        """After a plan: end the overcommitment there was under the plan before, list the one there is now."""
+        used = sum(counter.units)
+        index = counter.overcommitment
+        if index is not None:
+            if used > max(0, counter.limit) and counter.limit == self.overcommitments[index].limit:
+                return
+            self.overcommitments[index] = self.overcommitments[index]._replace(until_seq=self._seq)
+            counter.overcommitment = None
+        if used > max(0, counter.limit):
+            counter.overcommitment = len(self.overcommitments)
+            self.overcommitments.append(Overcommitment(self._seq, counter.name, used, counter.limit, None))
+
+    def _forgotten(self, event: events.Forgotten) -> None:
+        """Drop what the event names: finished before, or confirmed for a first slot that had ended before."""
+        start = bisect_left(self._numbers, event.first)
+        for number in self._numbers[start : bisect_right(self._numbers, event.last)]:
+            record = self._records.get(number)
+            if record is None:
+                continue
+            if record.status >= FULFILLED:
+                leaves = record.changed_at_ms < event.before_ms
+            else:
+                ends_at_ms = self._counters[record.lines[0][0]].ends_at_ms
+                leaves = record.status == CONFIRMED and ends_at_ms < event.before_ms
+            if not leaves:
+                continue
+            del self._records[number]
+            self._keys.discard(record.key)
+            if record.status <= FULFILLED:
+                for row, units in record.lines:
+                    self._counters[row].left[record.status] += units
+        if len(self._numbers) > 2 * len(self._records):
+            self._numbers = array("q", self._records)
