@@ -9,12 +9,11 @@ Order of one change, and why
 A shard that is down stops nobody but itself: its changes wait in the journal. The caller's deadline passes and it hears
 `outcome_unknown`; sending the change again is harmless.
 
-The pools are shown to the api processes as a JSON file in the runtime directory, replaced as a whole (`CATALOGUE_FILE`).
+The pools are shown to the api processes as a JSON file in the runtime directory, replaced as a whole (`engine.catalogue_file`).
 
 Not promised: that two shards take over one change at the same instant.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,8 @@ import msgspec
 import structlog
 import trio
 
-from engine import codec, service, wire
+from engine import catalogue_file, codec, service, wire
+from engine.catalogue_file import CatalogueShown, PoolShown
 from engine.core import catalogue, commands, events, outcomes
 from engine.core.outcomes import Outcome
 from engine.failpoints import failpoint
@@ -32,7 +32,6 @@ from engine.service import Connection
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("planner")
 
-CATALOGUE_FILE = "catalogue.json"
 RECONNECT_S_MIN = 0.01
 RECONNECT_S_MAX = 0.5
 SHIP_TIMEOUT_S = 30.0
@@ -40,26 +39,6 @@ SHIP_TIMEOUT_S = 30.0
 ROWS_AT_ONCE = 64
 COMMANDS_OPEN_MAX = 1_000
 WAITING_MAX = 10_000
-
-
-class PoolShown(msgspec.Struct, frozen=True):
-    """A pool in the file that api processes read."""
-
-    code: int
-    pool_id: str
-    capacity_type: str
-    unit: str
-    zone: str
-    time_zone: str
-    cutoff: tuple[int | None, int | None, int | None] | None
-    version: int
-
-
-class CatalogueShown(msgspec.Struct, frozen=True):
-    """The file that api processes read: everything up to `planning_seq`."""
-
-    planning_seq: int
-    pools: list[PoolShown]
 
 
 class _Waiting(NamedTuple):
@@ -155,10 +134,7 @@ class Planner:
     def show(self) -> None:
         """Replace the file of pools."""
         pools = [PoolShown(*pool) for pool in self._catalogue.pools.values()]
-        path = self._runtime / CATALOGUE_FILE
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(CatalogueShown(self._catalogue.seq, pools)))
-        os.replace(temporary, path)  # noqa: PTH105 - atomic replacement by its own name
+        catalogue_file.write(self._runtime, CatalogueShown(self._catalogue.seq, pools))
 
     async def run(self) -> None:
         """Commit and carry until `stop`."""

@@ -25,16 +25,19 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 import trio
+from numpy.typing import NDArray
 
 from engine import codec, wire
+from engine.child import die
 from engine.core import commands, events, ledger, outcomes
 from engine.core.columns import CounterTable
-from engine.core.invariant import invariant
+from engine.core.invariant import InvariantError, invariant
 from engine.core.outcomes import Outcome
 from engine.failpoints import failpoint
-from engine.ports import GENESIS, Clock, Journal, JournalRow, Position
+from engine.ports import GENESIS, Clock, Journal, JournalRow, JournalWriteError, Position
 from engine.service import Connection
 from engine.snapshot import Frozen, SnapshotFile, load_newest
+from readmodel.layout import STATE_SERVING, VALUE_FIELDS, VALUES
 from readmodel.publisher import Publisher
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("worker")
@@ -49,7 +52,7 @@ PUBLISH_ONE_BY_ONE_MAX = 48
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
 """Below this much free space new reservations are refused, so that releases, confirms and expiries keep working."""
 
-_ALWAYS_TAKEN = (commands.Look, commands.ShardStatus, commands.PlanningHead)
+_ALWAYS_TAKEN = (commands.Look, commands.LookCounters, commands.ShardStatus, commands.PlanningHead)
 _TAKES_UNITS = (commands.Hold, commands.Move)
 
 
@@ -83,9 +86,7 @@ class _Sealed(NamedTuple):
     at_ms: int
     replies: dict[Connection, list[tuple[int, outcomes.Reply]]]
     changed: list[tuple[int, tuple[int, ...]]]
-    changed_many: (
-        tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.int64]]] | None
-    )
+    changed_many: tuple[NDArray[np.int64], NDArray[np.int64]] | None
     frozen: Frozen | None
 
 
@@ -131,8 +132,13 @@ class Worker:
     # --- deciding: never waits ----------------------------------------------------------------------------------------
 
     def take(self, connection: Connection, payload: bytes) -> None:
-        """Decide the commands of one frame into the open batch."""
-        messages = wire.shard_commands.decode(payload)
+        """Decide the commands of one frame into the open batch. A broken invariant ends the process here and now."""
+        try:
+            self._take(connection, wire.shard_commands.decode(payload))
+        except InvariantError as error:
+            die(f"broken invariant: {error}")
+
+    def _take(self, connection: Connection, messages: list[tuple[int, int, commands.ShardCommand]]) -> None:
         monotonic_ms = self._clock.monotonic_ms()
         overloaded = (
             self._commit_began_ms is not None and monotonic_ms - self._commit_began_ms > self._bounds.queue_ms_max
@@ -191,11 +197,11 @@ class Worker:
         changed_many = None
         counters = self._ledger.counters
         if len(touched) <= PUBLISH_ONE_BY_ONE_MAX:
-            changed = [(row, _published(counters, row)) for row in sorted(touched)]
+            changed = [(row, ledger.counter_values(counters, row)) for row in sorted(touched)]
         else:
             rows = np.fromiter(touched, np.int64, len(touched))
             rows.sort()
-            changed_many = rows, published_many(counters, rows)
+            changed_many = rows, _published_many(counters, rows)
         touched.clear()
         frozen = None
         if (
@@ -213,12 +219,15 @@ class Worker:
         if sealed.events:
             self._commit_began_ms = self._clock.monotonic_ms()
             failpoint("before_append")
-            row = await self._journal.append(
-                count=len(sealed.events),
-                at_ms=sealed.at_ms,
-                schema=events.SCHEMA,
-                body=codec.encode(sealed.events),
-            )
+            try:
+                row = await self._journal.append(
+                    count=len(sealed.events),
+                    at_ms=sealed.at_ms,
+                    schema=events.SCHEMA,
+                    body=codec.encode(sealed.events),
+                )
+            except JournalWriteError as error:
+                die(f"the outcome of a write is unknown: {error}")
             failpoint("after_append")
             self._commit_began_ms = None
             self._counts["commits"] += 1
@@ -246,17 +255,32 @@ class Worker:
         self._publisher.set_position(row.end.seq, row.at_ms)
 
     def _append_published(self, counters: CounterTable, counter: int, values: tuple[int, ...]) -> None:
-        row = self._publisher.append(counters.pool_code[counter], counters.slot_id[counter].encode(), values)
+        row = self._publisher.append(
+            counters.pool_code[counter],
+            counters.slot_id[counter].encode(),
+            counters.starts_at_ms[counter],
+            counters.ends_at_ms[counter],
+            values,
+        )
         invariant(row == counter, "rows of the read model are rows of the ledger")
         self._published_rows = row + 1
 
     def publish_all(self) -> None:
         """Publish the whole state into a fresh generation of the read model and make it the live one."""
         counters = self._ledger.counters
-        for counter in range(len(counters)):
-            self._append_published(counters, counter, _published(counters, counter))
+        if len(counters):
+            self._publisher.append_many(
+                counters.view("pool_code"),
+                np.array(counters.slot_id, dtype="S"),
+                counters.view("starts_at_ms"),
+                counters.view("ends_at_ms"),
+                _published_many(counters, np.arange(len(counters))),
+            )
+        self._published_rows = len(counters)
         self._ledger.touched.clear()
         self._publisher.set_position(self._ledger.seq, self._ledger.at_ms)
+        self._publisher.heartbeat(self._clock.monotonic_ms())
+        self._publisher.set_state(STATE_SERVING)
         self._publisher.switch()
 
     async def _write_snapshot(self, frozen: Frozen, position: Position) -> None:
@@ -339,50 +363,14 @@ class Worker:
                 log.warning("disk space is low: new reservations are refused" if disk_low else "disk space is back")
 
 
-def _published(counters: CounterTable, row: int) -> tuple[int, ...]:
-    """What the read model shows of a counter, in the order of `readmodel.layout.MUTABLE_FIELDS`."""
-    return (
-        counters.limit[row],
-        counters.base[row],
-        counters.overbook[row],
-        counters.buffer[row],
-        counters.held[row],
-        counters.confirmed[row],
-        counters.fulfilled[row],
-        counters.refused[row],
-        counters.closed[row],
-        counters.starts_at_ms[row],
-        counters.ends_at_ms[row],
-        counters.cutoff_at_ms[row],
-        counters.changed_seq[row],
-        counters.plan_version[row],
-    )
+_COLUMNS = tuple({"flags": "closed", "seq": "changed_seq"}.get(field, field) for field in VALUE_FIELDS)
+"""The ledger's columns in the order of the read model's values. `flags` has one bit: closed."""
 
 
-PUBLISHED_COLUMNS = (
-    "limit",
-    "base",
-    "overbook",
-    "buffer",
-    "held",
-    "confirmed",
-    "fulfilled",
-    "refused",
-    "closed",
-    "starts_at_ms",
-    "ends_at_ms",
-    "cutoff_at_ms",
-    "changed_seq",
-    "plan_version",
-)
-
-
-def published_many(
-    counters: CounterTable, rows: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """As `_published`, for many rows: shape (rows, fields)."""
-    columns = np.empty((len(rows), len(PUBLISHED_COLUMNS)), np.int64)
-    for place, field in enumerate(PUBLISHED_COLUMNS):
+def _published_many(counters: CounterTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As `_published`, for many rows: shape (rows, VALUES)."""
+    columns = np.empty((len(rows), VALUES), np.int64)
+    for place, field in enumerate(_COLUMNS):
         columns[:, place] = counters.view(field)[rows]
     return columns
 

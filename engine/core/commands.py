@@ -84,6 +84,12 @@ class Look(Command, frozen=True):
     number: int
 
 
+class LookCounters(Command, frozen=True):
+    """Read counters by their rows, for a reader whose copy stayed torn."""
+
+    rows: list[int]
+
+
 class PlanPool(Command, frozen=True):
     """From the planner: a pool as it is from `planning_seq` on."""
 
@@ -124,7 +130,18 @@ class ShardStatus(Command, frozen=True):
 
 
 ShardCommand = (
-    Hold | Confirm | Release | Extend | Move | Fulfil | Look | PlanPool | PlanCounters | PlanningHead | ShardStatus
+    Hold
+    | Confirm
+    | Release
+    | Extend
+    | Move
+    | Fulfil
+    | Look
+    | LookCounters
+    | PlanPool
+    | PlanCounters
+    | PlanningHead
+    | ShardStatus
 )
 
 

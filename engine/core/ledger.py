@@ -317,6 +317,34 @@ def _decide_look(ledger: Ledger, command: commands.Look, now_ms: int, rules: Rul
     return record(ledger, *found, Outcome.FOUND), ()
 
 
+def counter_values(
+    counters: CounterTable, row: int
+) -> tuple[int, int, int, int, int, int, int, int, int, int, int, int]:
+    """What is shown of a counter, in the order of the read model's VALUE_FIELDS. Its `flags` have one bit: closed."""
+    return (
+        counters.limit[row],
+        counters.base[row],
+        counters.overbook[row],
+        counters.buffer[row],
+        counters.held[row],
+        counters.confirmed[row],
+        counters.fulfilled[row],
+        counters.refused[row],
+        counters.closed[row],
+        counters.cutoff_at_ms[row],
+        counters.changed_seq[row],
+        counters.plan_version[row],
+    )
+
+
+def _decide_look_counters(ledger: Ledger, command: commands.LookCounters, now_ms: int, rules: Rules) -> Decision:
+    del now_ms, rules
+    known = len(ledger.counters)
+    if not all(0 <= row < known for row in command.rows):
+        return _no(ledger, Outcome.UNKNOWN_SLOT, f"this shard has {known} counters")
+    return outcomes.CounterValues(ledger.seq, [counter_values(ledger.counters, row) for row in command.rows]), ()
+
+
 def _decide_plan_pool(ledger: Ledger, command: commands.PlanPool, now_ms: int, rules: Rules) -> Decision:
     del now_ms, rules
     if command.planning_seq <= ledger.planning_seq:
@@ -393,6 +421,7 @@ _DECIDE: dict[type, Callable[[Ledger, Any, int, Rules], Decision]] = {
     commands.Move: _decide_move,
     commands.Fulfil: _decide_fulfil,
     commands.Look: _decide_look,
+    commands.LookCounters: _decide_look_counters,
     commands.PlanPool: _decide_plan_pool,
     commands.PlanCounters: _decide_plan_counters,
     commands.PlanningHead: _decide_planning_head,
@@ -724,7 +753,7 @@ def _apply_counters_defined(ledger: Ledger, event: events.CountersDefined) -> No
         counters.base[row] = base
         counters.overbook[row] = overbook
         counters.buffer[row] = buffer
-        counters.limit[row] = base + overbook - buffer
+        counters.limit[row] = max(0, base + overbook - buffer)
         counters.closed[row] = closed
         counters.cutoff_at_ms[row] = cutoff_ms
         counters.changed_seq[row] = ledger.seq

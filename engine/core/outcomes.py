@@ -103,6 +103,13 @@ class Refused(Reply, frozen=True):
     detail: str = ""
 
 
+class CounterValues(Reply, frozen=True):
+    """Counters as they are: for each the values of the read model, in the order of its VALUE_FIELDS."""
+
+    seq: int
+    values: list[tuple[int, int, int, int, int, int, int, int, int, int, int, int]]
+
+
 class Planned(Reply, frozen=True):
     """A plan event has been taken over: the shard has everything up to `planning_seq`."""
 
@@ -125,5 +132,5 @@ class Status(Reply, frozen=True):
     values: dict[str, int | str]
 
 
-ShardReply = Taken | Record | Refused | Planned | Status
+ShardReply = Taken | Record | Refused | CounterValues | Planned | Status
 PlannerReply = Defined | Refused | Status
