@@ -5,7 +5,7 @@ values out of range are refused with the path of the member. Response types desc
 generated from both, and a test compares real answers with it. All names are those of docs/api.md.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -289,7 +289,7 @@ class EventAnswer(msgspec.Struct):
     position: PositionText
     event: str
     at: Instant
-    data: dict[str, object]
+    data: dict[str, Any]
 
 
 class EventsAnswer(msgspec.Struct):
