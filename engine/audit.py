@@ -75,7 +75,7 @@ class Rule(StrEnum):
     PLANNING_SEQ_NOT_RISEN = "planning_seq_not_risen"
     UNKNOWN_POOL = "unknown_pool"
     UNKNOWN_RESERVATION = "unknown_reservation"
-    LINES_IMPOSSIBLE = "lines_impossible"
+    EVENT_MALFORMED = "event_malformed"
     LIMIT_PASSED = "limit_passed"
     TAKEN_WHILE_CLOSED = "taken_while_closed"
     TAKEN_PAST_CUTOFF = "taken_past_cutoff"
@@ -304,10 +304,10 @@ class Auditor:
         known = len(self._counters)
         for row, units in lines:
             if not 0 <= row < known or units <= 0:
-                self._find(Rule.LINES_IMPOSSIBLE, f"{units} units of counter row {row} of {known}", number=number)
+                self._find(Rule.EVENT_MALFORMED, f"{units} units of counter row {row} of {known}", number=number)
                 return None
         if not lines or (len(lines) > 1 and len(dict(lines)) < len(lines)):
-            self._find(Rule.LINES_IMPOSSIBLE, f"no lines, or a counter twice: {lines}", number=number)
+            self._find(Rule.EVENT_MALFORMED, f"no lines, or a counter twice: {lines}", number=number)
             return None
         return tuple(lines)
 
@@ -344,7 +344,7 @@ class Auditor:
     def _settle(self, counter: _Counter) -> None:
         """Close the overcommitment of a counter where its units fit again."""
         index = counter.overcommitment
-        if index is not None and sum(counter.units) <= max(0, counter.limit):
+        if index is not None and sum(counter.units) <= counter.limit:
             self.overcommitments[index] = self.overcommitments[index]._replace(until_seq=self._seq)
             counter.overcommitment = None
 
@@ -370,7 +370,11 @@ class Auditor:
         if lines is None:
             return
         number = reservation_number(self._seq, self._counters[lines[0][0]].hashed)
-        key = bytes.fromhex(event.key)
+        try:
+            key = bytes.fromhex(event.key)
+        except ValueError:
+            self._find(Rule.EVENT_MALFORMED, f"the key {event.key!r} is not hex", number=number)
+            return
         if key in self._keys:
             self._find(Rule.KEY_USED_TWICE, f"key {event.key} has a live record", number=number)
         self._keys.add(key)
@@ -460,6 +464,9 @@ class Auditor:
         self._give_back(step[0].lines, CONFIRMED, event.number)
 
     def _expired(self, event: events.Expired) -> None:
+        if len(event.numbers) != len(event.expired_at_ms):
+            self._find(Rule.EVENT_MALFORMED, f"{len(event.numbers)} holds, {len(event.expired_at_ms)} times")
+            return
         for number, expired_at_ms in zip(event.numbers, event.expired_at_ms, strict=True):
             step = self._step(number, "expire")
             if step is None:
@@ -477,7 +484,7 @@ class Auditor:
         """The first counter named is the one whose rule is the reason. In a move, units had count as free: none is less."""
         known = len(self._counters)
         if not event.counters or any(not 0 <= row < known or units <= 0 for row, units, _ in event.counters):
-            self._find(Rule.LINES_IMPOSSIBLE, f"refused {event.counters} of {known} counters")
+            self._find(Rule.EVENT_MALFORMED, f"refused {event.counters} of {known} counters")
             return
         row, asked, _ = event.counters[0]
         counter = self._counters[row]
@@ -513,7 +520,7 @@ class Auditor:
             if 0 <= row < len(self._counters) and self._counters[row].name[0] == event.pool_id:
                 self._counters[row].cutoff_at_ms = cutoff_at_ms
             else:
-                self._find(Rule.LINES_IMPOSSIBLE, f"pool {event.pool_id} has no counter row {row}")
+                self._find(Rule.EVENT_MALFORMED, f"pool {event.pool_id} has no counter row {row}")
 
     def _counters_defined(self, event: events.CountersDefined) -> None:
         self._planned(event.planning_seq)
@@ -528,7 +535,7 @@ class Auditor:
                 self._counters.append(_Counter(name, ends_at_ms))
             counter = self._counters[row]
             counter.base = base
-            counter.limit = base + overbook - buffer
+            counter.limit = max(0, base + overbook - buffer)
             counter.closed = closed
             counter.cutoff_at_ms = cutoff_at_ms
             self._overcommit(counter)
@@ -538,11 +545,11 @@ class Auditor:
         used = sum(counter.units)
         index = counter.overcommitment
         if index is not None:
-            if used > max(0, counter.limit) and counter.limit == self.overcommitments[index].limit:
+            if used > counter.limit == self.overcommitments[index].limit:
                 return
             self.overcommitments[index] = self.overcommitments[index]._replace(until_seq=self._seq)
             counter.overcommitment = None
-        if used > max(0, counter.limit):
+        if used > counter.limit:
             counter.overcommitment = len(self.overcommitments)
             self.overcommitments.append(Overcommitment(self._seq, counter.name, used, counter.limit, None))
 
