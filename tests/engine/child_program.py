@@ -96,11 +96,18 @@ async def main(context: ChildContext) -> None:
     context.ready()
     tell("ready", name)
     if behaviour == "hang":
+        tell("busy", name)
         time.sleep(600)  # noqa: ASYNC251 - the loop must hang
     if behaviour == "hold_interpreter_lock":
-        ctypes.PyDLL(None).sleep(600)
+        # PyDLL keeps the lock during calls, and nobody may ask for it between these two.
+        sys.setswitchinterval(600)
+        libc = ctypes.PyDLL(None)
+        line = f"busy {name}\n".encode()
+        libc.write(1, line, len(line))
+        libc.sleep(600)
     if behaviour == "deaf":
         with trio.open_signal_receiver(signal.SIGTERM):
+            tell("busy", name)
             await trio.sleep_forever()
     await context.stop.wait()
     if lock >= 0:

@@ -50,6 +50,16 @@ class Child:
         assert select.select([self.ready], [], [], PATIENCE_SECONDS)[0]
         return os.read(self.ready, 64)
 
+    def until_busy(self) -> None:
+        assert self.process.stdout is not None
+        while not self.process.stdout.readline().startswith(b"busy"):
+            pass
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        # The signal is on its way; wait until the process has really stopped.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=PATIENCE_SECONDS)
         return self.process.returncode, out.decode(), err.decode()
@@ -147,7 +157,10 @@ def test_a_child_is_ready_carries_its_title_and_stops_in_order(data: Path) -> No
 @pytest.mark.parametrize("behaviour", ["good", "hang", "deaf", "hold_interpreter_lock"])
 def test_a_cut_lifeline_ends_a_child_whatever_it_does(data: Path, behaviour: str) -> None:
     with child(data, behaviour) as running:
-        running.until_ready()
+        if behaviour == "good":
+            running.until_ready()
+        else:
+            running.until_busy()
         running.cut_lifeline()
         code, out, _ = running.end()
     assert code in (EXIT_ORPHANED, -signal.SIGKILL), "the thread or the kernel, whoever is first"
@@ -157,7 +170,7 @@ def test_a_cut_lifeline_ends_a_child_whatever_it_does(data: Path, behaviour: str
 def test_a_cut_lifeline_ends_a_frozen_child(data: Path) -> None:
     with child(data) as running:
         running.until_ready()
-        running.process.send_signal(signal.SIGSTOP)
+        running.freeze()
         running.cut_lifeline()
         assert running.end()[0] == -signal.SIGKILL
 
