@@ -89,11 +89,11 @@ def child(
     os.close(ready_write)
     running = Child(process, -1 if orphan else lifeline_write, ready_read)
     try:
-        with process:
-            yield running
-            process.kill()
+        yield running
     finally:
+        # Before anything waits for it: a child that should have died and did not must not hang the test too.
         process.kill()
+        process.communicate()
         os.close(ready_read)
         if running.lifeline >= 0:
             os.close(running.lifeline)
