@@ -1,8 +1,8 @@
 """Reading a journal, beside its live writer or without one.
 
 Rules:
-- Nothing of a journal is written and no file is created: no -wal, no -shm, no lock that a writer would wait for longer than one short
-  transaction. All connections are `mode=ro`, one SELECT each, at most `CHUNK_BYTES_MAX` of bodies.
+- Nothing of a journal is written and no file is created: no -wal, no -shm, no lock that a writer would wait for longer
+  than one short transaction. All connections are `mode=ro`, one SELECT each, at most `CHUNK_BYTES_MAX` of bodies.
 - Rows come out verified: each against its own hash, against the row before it, and against the watermark, which is read
   before the rows are, so that rows which it promises must be there.
 - Under `synchronous=FULL` other processes see a row only after its fsync. So what is read while the writer lives is durable.
@@ -176,7 +176,7 @@ class SegmentView:
         Raises `DamageError` for what SQLite cannot read, `JournalError` when a writer keeps the file locked, and
         `FileNotFoundError` when the segment is gone.
         """
-        failure: sqlite3.Error | None = None
+        failure: sqlite3.Error | UnicodeDecodeError | None = None
         for look in range(LOOKS_MAX):
             copy = look >= LOOKS_BEFORE_COPY
             try:
@@ -185,7 +185,8 @@ class SegmentView:
                 if sight.how is _How.LIVE or self._look(copy=copy) == sight:
                     return rows
                 self.close()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                # Not text: SQLite quotes a damaged schema in its message, which Python then fails to decode.
                 failure = error
                 self.close()
                 if _primary_code(error) in _DAMAGE_CODES and look > 0:
@@ -270,7 +271,7 @@ def _select(
         cursor.close()
 
 
-def _primary_code(error: sqlite3.Error) -> int:
+def _primary_code(error: sqlite3.Error | UnicodeDecodeError) -> int:
     code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     return code & 0xFF
 
@@ -286,6 +287,8 @@ class JournalReader:
         self._view: SegmentView | None = None
         self._chain: ChainState | None = None
         """Where the last reading ended, verified: going on from there needs no lookup."""
+        self._last_path: Path | None = None
+        """The last segment when the directory was listed last: a live one is listed for once, not at each poll."""
 
     def __enter__(self) -> Self:
         return self
@@ -468,9 +471,10 @@ class JournalReader:
             view.close()
             self._view = SegmentView(path)
             return self._view
-        if view.is_live and chain.end.seq >= promised.seq:
+        if view.is_live and chain.end.seq >= promised.seq and view.path == self._last_path:
             return None  # the usual case of a poll with nothing new: no listing
         segments = list_segments(self.directory)
+        self._last_path = segments[-1]
         if segments[-1] != view.path:
             if view.rows_after(chain.end.seq, 1):
                 return view  # its writer filled and sealed it since it was found exhausted

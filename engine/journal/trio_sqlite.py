@@ -19,7 +19,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import aiosqlite
 import trio
@@ -93,6 +93,10 @@ class TrioConnection(aiosqlite.Connection):
     def __del__(self) -> None:
         if self._connection is not None and not self._is_abandoned:
             warnings.warn(f"{self!r} was neither closed nor abandoned", ResourceWarning, stacklevel=1, source=self)
+
+    async def __aenter__(self) -> Self:
+        await self
+        return self
 
     async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._running or self._connection is None:

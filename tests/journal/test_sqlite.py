@@ -2,6 +2,7 @@
 
 import sqlite3
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ def is_read_only(path: Path) -> bool:
     return not stat.S_IMODE(path.stat().st_mode) & 0o222
 
 
+def pragma(name: str, raw: sqlite3.Connection) -> list[tuple[object]]:
+    return raw.execute(f"PRAGMA {name}").fetchall()
+
+
 async def open_small(directory: Path) -> SqliteJournal:
     return await open_journal(directory, epoch=1, segment_bytes_max=SMALL_SEGMENT_BYTES, checkpoint_bytes=8 * 1024)
 
@@ -41,21 +46,21 @@ async def test_the_connection_has_the_settings_that_durability_needs(directory: 
         ("mmap_size", 0),
         ("busy_timeout", 1000),
     ]:
-        found = await journal._connected().run(lambda raw, name=name: raw.execute(f"PRAGMA {name}").fetchall())
+        found = await journal._connected().run(partial(pragma, name))
         assert found in ([(expected,)], []), name
     await journal.close()
 
 
 async def test_a_person_reads_events_with_the_view(directory: Path) -> None:
     journal = await open_journal(directory, epoch=1)
-    body = '[["held","SO-4711",2],["released","SO-0815 – März"]]'.encode()
+    body = '[["held","SO-4711",2],["released","SO-0815 März"]]'.encode()
     await journal.append(count=2, at_ms=1_796_083_200_123, schema=1, body=body)
     await journal.append(count=1, at_ms=1_796_083_200_999, schema=1, body=b'[["expired"]]')
     await journal.close()
     connection = sqlite3.connect(list_segments(directory)[0])
     assert connection.execute("SELECT * FROM event").fetchall() == [
         (1, "2026-12-01T00:00:00.123Z", "held", '["held","SO-4711",2]'),
-        (2, "2026-12-01T00:00:00.123Z", "released", '["released","SO-0815 – März"]'),
+        (2, "2026-12-01T00:00:00.123Z", "released", '["released","SO-0815 März"]'),
         (3, "2026-12-01T00:00:00.999Z", "expired", '["expired"]'),
     ]
     connection.close()
@@ -253,6 +258,6 @@ async def test_a_directory_of_another_shard_is_refused(tmp_path: Path, directory
     journal = await open_journal(directory, epoch=1)
     await journal.append(count=1, at_ms=1, schema=1, body=body_of(1))
     await journal.close()
-    other = directory.rename(tmp_path / "shard-01")
+    other = directory.rename(tmp_path / "shard-01")  # noqa: ASYNC240 - a test has nobody waiting
     with pytest.raises(JournalCorruptError, match="belongs to 'shard-00'"):
         await open_journal(other, epoch=1)

@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from engine.journal.segments import list_segments, segment_name, shm_of, wal_of
 from engine.journal.sqlite import SqliteJournal, open_journal
 from engine.journal.tail import JournalReader, SegmentView
 from engine.ports import GENESIS, JournalCorruptError, JournalError, JournalRow, Position
-from tests.journal.journal_tools import contents_of, end_writer, fill, image_of, settle, start_writer
+from tests.journal.journal_tools import contents_of, end_writer, fill, image_of, start_writer
 
 SMALL_SEGMENT_BYTES = 28 * 1024
 
@@ -203,7 +204,7 @@ async def test_a_private_copy_is_read_once_and_removed(
 ) -> None:
     private = tmp_path / "private"
     private.mkdir()
-    monkeypatch.setattr(tail.tempfile, "tempdir", str(private))
+    monkeypatch.setattr(tempfile, "tempdir", str(private))
     journal = await open_journal(directory, epoch=1)
     rows = await fill(journal, 5)
     image = image_of(directory, tmp_path / "image", with_shm=False)

@@ -33,7 +33,7 @@ async def test_the_methods_of_aiosqlite_work_on_trio(tmp_path: Path) -> None:
     async with TrioConnection(partial(connector, tmp_path / "a.sqlite")) as connection:
         await connection.execute_insert("INSERT INTO word VALUES (?)", ("one",))
         async with connection.execute("SELECT text FROM word") as cursor:
-            assert await cursor.fetchall() == [("one",)]
+            assert list(await cursor.fetchall()) == [("one",)]
         assert await connection.run(lambda raw: raw.total_changes) == 1
 
 
