@@ -154,6 +154,8 @@ class Upstream(Generic[ReplyT]):
     async def _send(self, connection: Connection) -> None:
         while True:
             await self._flush.wait()
+            # One look at the sockets: requests that have arrived by now travel in the same frame.
+            await trio.lowlevel.checkpoint()
             self._flush = trio.Event()
             messages = [message for message in self._unsent if message[0] in self._pending]
             self._unsent = []
