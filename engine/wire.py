@@ -51,15 +51,14 @@ class FrameReader:
         """The payloads completed by `data`. Raises FrameError."""
         rest = self._rest
         rest += data
-        start = 0
-        while len(rest) - start >= _LENGTH_BYTES:
-            size = int.from_bytes(rest[start : start + _LENGTH_BYTES], "big")
+        while len(rest) >= _LENGTH_BYTES:
+            size = int.from_bytes(rest[:_LENGTH_BYTES], "big")
             if size > FRAME_BYTES_MAX:
                 raise FrameError(f"a frame of {size} bytes is longer than {FRAME_BYTES_MAX}")
-            end = start + _LENGTH_BYTES + size
+            end = _LENGTH_BYTES + size
             if len(rest) < end:
                 break
-            yield bytes(rest[start + _LENGTH_BYTES : end])
-            start = end
-        if start:
-            del rest[:start]
+            # Taken out before it is handed out: a caller that stops at the first payload must not get it again.
+            payload = bytes(rest[_LENGTH_BYTES:end])
+            del rest[:end]
+            yield payload
