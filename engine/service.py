@@ -71,11 +71,13 @@ class Connection:
             await self._writable.wait()
             self._writable = trio.Event()
             while self._outbox and not self.closed:
-                await trio.lowlevel.wait_writable(self._socket)
                 try:
+                    await trio.lowlevel.wait_writable(self._socket)
                     sent = self._socket.send(self._outbox[0])
                 except BlockingIOError:
                     continue
+                except trio.ClosedResourceError:
+                    return  # closed by `send` or by the reader: that is its news to tell
                 except OSError:
                     self.close()
                     return
