@@ -14,6 +14,7 @@ Not promised: that a newer or older version can read it; such a file is passed o
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -77,10 +78,7 @@ class Frozen:
             ledger.epoch,
             ledger.restart,
             ledger.planning_seq,
-            {
-                pool_id: (pool.code, pool.time_zone, pool.cutoff)
-                for pool_id, pool in ledger.pools.items()
-            },
+            {pool_id: (pool.code, pool.time_zone, pool.cutoff) for pool_id, pool in ledger.pools.items()},
             list(ledger.refused_keys),
             {number: list(lines) for number, lines in ledger.reservations.long_lines.items()},
             len(ledger.counters),
@@ -141,7 +139,8 @@ class SnapshotFile:
 
     def drop(self) -> None:
         """Remove what there is of it."""
-        self._file.close()
+        with suppress(OSError):  # closing writes what is buffered, and a full disk is why it is dropped
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -156,6 +155,12 @@ def _sync_directory(directory: Path) -> None:
 def newest_first(directory: Path) -> list[Path]:
     """The complete snapshots of a shard."""
     return sorted(directory.glob("snapshot-*.snap"), reverse=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed worker left of a snapshot. Only for the shard's one writer, while it writes none."""
+    for path in directory.glob("snapshot-*.tmp"):
+        path.unlink()
 
 
 def _sections(path: Path) -> Iterator[bytes]:
@@ -180,8 +185,15 @@ def load(path: Path) -> tuple[Ledger, Position]:
         head = _decode_head(next(sections))
         parts = [_decode_counters(next(sections)) for _ in range(0, head.counters, COUNTERS_IN_SECTION)]
         blocks: list[Block] = [_decode_block(section) for section in sections]
-    except (msgspec.DecodeError, StopIteration) as error:
-        raise SnapshotError(f"{path} is no snapshot of this version: {error}") from error
+        if len(blocks) != head.blocks:
+            raise SnapshotError(f"{path} has {len(blocks)} blocks of reservations and says it has {head.blocks}")
+        return _ledger_of(head, parts, blocks), Position(head.seq, head.hash)
+    except (msgspec.DecodeError, StopIteration, LookupError, ValueError, TypeError) as error:
+        # Other columns under the same magic: a version between two releases wrote it.
+        raise SnapshotError(f"{path} is no snapshot of this version: {error!r}") from error
+
+
+def _ledger_of(head: _Head, parts: list[_Counters], blocks: list[Block]) -> Ledger:
     ledger = Ledger()
     ledger.seq = head.seq
     ledger.at_ms = head.at_ms
@@ -199,7 +211,7 @@ def load(path: Path) -> tuple[Ledger, Position]:
     ledger.reservations.load(blocks)
     ledger.reservations.long_lines = {number: tuple(lines) for number, lines in head.long_lines.items()}
     _index(ledger, ledger.reservations.chunks())
-    return ledger, Position(head.seq, head.hash)
+    return ledger
 
 
 def _index(ledger: Ledger, chunks: list[Chunk]) -> None:
