@@ -68,6 +68,7 @@ async def run_worker(context: ChildContext, metadata: Metadata, config: Config) 
             config.overload.batch_commands_max, config.overload.queue_ms_max, config.journal.snapshot_every_events
         ),
         directory=directory,
+        snapshot_seq=recovered.from_seq,
     )
     worker.start_term(journal.epoch, journal.restart)
     worker.publish_all()

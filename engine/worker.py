@@ -13,7 +13,8 @@ Answers that need no event (a look, a refusal already counted) wait for the comm
 decisions that are not durable yet.
 
 Bounds: a batch takes `batch_commands_max` commands, and none at all while a commit has been running for longer than
-`queue_ms_max`; the rest is refused at once as `overloaded`, before anything was done.
+`queue_ms_max`, or once the worker stops; the rest is refused as `overloaded`, before anything was done. Such a refusal
+rests on nothing that is not durable, so it leaves at once: who asks a stalled shard need not wait for the disk to hear no.
 
 Not promised: fairness between connections, or an answer after the caller's deadline.
 """
@@ -36,7 +37,7 @@ from engine.core.outcomes import Outcome
 from engine.failpoints import failpoint
 from engine.ports import GENESIS, Clock, Journal, JournalRow, JournalWriteError, Position
 from engine.service import Connection
-from engine.snapshot import Frozen, SnapshotFile, load_newest
+from engine.snapshot import Frozen, SnapshotFile, load_newest, remove_unfinished
 from readmodel.layout import STATE_SERVING, VALUE_FIELDS, VALUES
 from readmodel.publisher import Publisher
 
@@ -52,7 +53,15 @@ PUBLISH_ONE_BY_ONE_MAX = 48
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
 """Below this much free space new reservations are refused, so that releases, confirms and expiries keep working."""
 
-_ALWAYS_TAKEN = (commands.Look, commands.LookCounters, commands.ShardStatus, commands.PlanningHead)
+_ALWAYS_TAKEN = (
+    commands.Look,
+    commands.LookCounters,
+    commands.ShardStatus,
+    commands.PlanningHead,
+    commands.PlanPool,
+    commands.PlanCounters,
+)
+"""Reads, and what the planner brings: one at a time, and an overloaded shard is where a slot must be closed now."""
 _TAKES_UNITS = (commands.Hold, commands.Move)
 
 
@@ -103,7 +112,9 @@ class Worker:
         rules: ledger.Rules,
         bounds: Bounds,
         directory: Path,
+        snapshot_seq: int,
     ) -> None:
+        """`snapshot_seq` is the last event of the snapshot that `state` was recovered from, 0 without one."""
         self._ledger = state
         self._journal = journal
         self._publisher = publisher
@@ -120,7 +131,7 @@ class Worker:
         self._stopping = False
         self._published_rows = 0
         self._forget_from = 0
-        self._snapshot_seq = state.seq
+        self._snapshot_seq = snapshot_seq
         self._snapshot_running = False
         self._disk_low = False
         self._counts = {"commands": 0, "events": 0, "commits": 0, "overloaded": 0, "too_late": 0, "snapshots": 0}
@@ -143,24 +154,29 @@ class Worker:
         overloaded = (
             self._commit_began_ms is not None and monotonic_ms - self._commit_began_ms > self._bounds.queue_ms_max
         )
-        replies = self._replies.setdefault(connection, [])
+        decided: list[tuple[int, outcomes.Reply]] = []
+        not_looked_at: list[tuple[int, outcomes.Reply]] = []
         for request_id, deadline_ms, command in messages:
             if deadline_ms < monotonic_ms:
                 self._counts["too_late"] += 1
-                replies.append((request_id, self._refused(Outcome.DEADLINE_PASSED)))
-            elif (overloaded or self._commands_open >= self._bounds.batch_commands_max) and not isinstance(
-                command, _ALWAYS_TAKEN
+                not_looked_at.append((request_id, self._refused(Outcome.DEADLINE_PASSED)))
+            elif self._stopping or (
+                (overloaded or self._commands_open >= self._bounds.batch_commands_max)
+                and not isinstance(command, _ALWAYS_TAKEN)
             ):
                 self._counts["overloaded"] += 1
-                replies.append((request_id, self._refused(Outcome.OVERLOADED)))
-            elif self._disk_low and isinstance(command, _TAKES_UNITS):
-                replies.append((request_id, self._refused(Outcome.SHARD_FULL)))
+                not_looked_at.append((request_id, self._refused(Outcome.OVERLOADED)))
             else:
-                replies.append((request_id, self._decide(command)))
-        self._wake.set()
+                decided.append((request_id, self._decide(command)))
+        if not_looked_at:
+            connection.send(wire.frame(not_looked_at))
+        if decided:
+            self._replies.setdefault(connection, []).extend(decided)
+            self._wake.set()
 
     def _refused(self, outcome: Outcome) -> outcomes.Refused:
-        return outcomes.Refused(self._ledger.seq, outcome)
+        """A refusal that leaves at once, so its position is the durable one."""
+        return outcomes.Refused(self._journal.head.seq, outcome)
 
     def _now_ms(self) -> int:
         """The time of the open batch: one instant for all its events, never before the batch before."""
@@ -174,6 +190,9 @@ class Worker:
         now_ms = self._now_ms()
         self._expire(now_ms)
         reply, made = ledger.decide(self._ledger, command, now_ms, self._rules)
+        if made and self._disk_low and isinstance(command, _TAKES_UNITS):
+            # Only what would be written is refused: a retry of what was taken before still hears that it was taken.
+            return outcomes.Refused(self._ledger.seq, Outcome.SHARD_FULL)
         for event in made:
             self._apply(event, now_ms)
         return reply
@@ -188,7 +207,7 @@ class Worker:
 
     # --- committing ---------------------------------------------------------------------------------------------------
 
-    def _seal(self) -> _Sealed:
+    def _seal(self, *, may_freeze: bool = True) -> _Sealed:
         made, replies = self._events, self._replies
         self._events, self._replies = [], {}
         self._commands_open = 0
@@ -207,6 +226,7 @@ class Worker:
         if (
             self._ledger.seq - self._snapshot_seq >= self._bounds.snapshot_every_events
             and not self._snapshot_running
+            and may_freeze
             and made
         ):
             self._snapshot_running = True
@@ -214,7 +234,7 @@ class Worker:
             frozen = Frozen(self._ledger)
         return _Sealed(made, self._open_at_ms, replies, changed, changed_many, frozen)
 
-    async def _commit(self, sealed: _Sealed, nursery: trio.Nursery) -> None:
+    async def _commit(self, sealed: _Sealed) -> None:
         """Steps 3 and 4 of a round."""
         if sealed.events:
             self._commit_began_ms = self._clock.monotonic_ms()
@@ -234,8 +254,6 @@ class Worker:
             self._counts["events"] += row.count
             self._publish(sealed, row)
             failpoint("after_publish")
-            if sealed.frozen is not None:
-                nursery.start_soon(self._write_snapshot, sealed.frozen, row.end)
         for connection, replies in sealed.replies.items():
             connection.send(wire.frame(replies))
 
@@ -266,7 +284,11 @@ class Worker:
         self._published_rows = row + 1
 
     def publish_all(self) -> None:
-        """Publish the whole state into a fresh generation of the read model and make it the live one."""
+        """Publish the whole state into a fresh generation of the read model and make it the live one.
+
+        Before the first decision: the open batch may hold the event that begins the term, which changes no counter. The
+        position is the durable one all the same.
+        """
         counters = self._ledger.counters
         if len(counters):
             self._publisher.append_many(
@@ -278,7 +300,7 @@ class Worker:
             )
         self._published_rows = len(counters)
         self._ledger.touched.clear()
-        self._publisher.set_position(self._ledger.seq, self._ledger.at_ms)
+        self._publisher.set_position(self._journal.head.seq, self._ledger.at_ms)
         self._publisher.heartbeat(self._clock.monotonic_ms())
         self._publisher.set_state(STATE_SERVING)
         self._publisher.switch()
@@ -320,12 +342,15 @@ class Worker:
                 # One look at the sockets: what has arrived by now shares this commit. Under load that makes batches
                 # larger and so everything cheaper; an idle shard pays some microseconds.
                 await trio.lowlevel.checkpoint()
-                await self._commit(self._seal(), nursery)
+                sealed = self._seal()
+                await self._commit(sealed)
+                if sealed.frozen is not None:
+                    nursery.start_soon(self._write_snapshot, sealed.frozen, self._journal.head)
                 await self._journal.maintain()
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
-        """Let `run` return once everything taken has been committed and answered."""
+        """Take nothing any more, and let `run` return once everything taken has been committed and answered."""
         self._stopping = True
         self._wake.set()
 
@@ -334,9 +359,11 @@ class Worker:
         self._apply(events.TermStarted(epoch, restart), self._now_ms())
 
     async def commit_first(self) -> None:
-        """Commit the first batch before anybody is served: it proves that the disk takes writes."""
-        async with trio.open_nursery() as nursery:
-            await self._commit(self._seal(), nursery)
+        """Commit the first batch before anybody is served: it proves that the disk takes writes.
+
+        No snapshot yet, however due: it would keep the callers of a shard that just came back waiting.
+        """
+        await self._commit(self._seal(may_freeze=False))
 
     async def _tick_expiry(self) -> None:
         while True:
@@ -371,7 +398,7 @@ _COLUMNS = tuple({"flags": "closed", "seq": "changed_seq"}.get(field, field) for
 
 
 def _published_many(counters: CounterTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """As `_published`, for many rows: shape (rows, VALUES)."""
+    """As `ledger.counter_values`, for many rows: shape (rows, VALUES)."""
     columns = np.empty((len(rows), VALUES), np.int64)
     for place, field in enumerate(_COLUMNS):
         columns[:, place] = counters.view(field)[rows]
@@ -391,8 +418,10 @@ class Recovered(NamedTuple):
 def recover(journal: Journal, directory: Path) -> Recovered:
     """The state of a shard: the newest good snapshot and every event after it.
 
+    The journal's lock is held, so what a killed worker left of a snapshot is nobody's now and is removed.
     Raises `JournalCorruptError` where the journal does not carry the state up to where it had got.
     """
+    remove_unfinished(directory)
     state, position, warnings = load_newest(directory)
     from_seq = state.seq
     replayed = 0
