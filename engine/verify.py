@@ -6,7 +6,8 @@ For each shard, in this order:
    position, each step of each reservation legal, and lists the times a plan went below what was booked (`engine.audit`);
 3. the state: the ledger, replayed from the first event, comes to the same totals as the auditor;
 4. the snapshots: each loads, and its totals are those of the replay at its position.
-Then the planner: its chain, its events, and that no shard is ahead of it.
+Then the planner: its chain, its events, and that no shard is ahead of it. It comes last because a live one goes on: what
+the shards had when they were read, its journal had before.
 
 It reads only, so it may run beside a live engine; then it proves what was durable when it looked. Everything it finds is named;
 nothing is skipped and nothing is changed.
@@ -83,8 +84,15 @@ def verify_data_directory(directory: Path, progress: Progress | None = None) -> 
     journals.append(datadir.planning_directory(directory))
     sizes = sum(_size(path) for journal in journals if journal.is_dir() for path in _files(journal))
     told = _Progress(progress, max(1, sizes))
-    planner, planned_seq = _verify_planner(journals[-1], told)
-    shards = [_verify_shard(journal, planned_seq, told) for journal in journals[:-1]]
+    found = [_verify_shard(journal, told) for journal in journals[:-1]]
+    planner = _verify_planner(journals[-1], told)
+    for findings, planning_seq in found:
+        if planning_seq > planner.head:
+            findings.problems.append(
+                f"the shard has planning events up to {planning_seq}, the planner only up to {planner.head}: "
+                "the planner's journal has lost its end; restore it"
+            )
+    shards = [findings.report() for findings, _ in found]
     return Report(not any(report.problems for report in (planner, *shards)), shards, planner)
 
 
@@ -107,6 +115,7 @@ class _Findings:
         self.directory = directory
         self.exceptions: list[str] = []
         self.segments = self.rows = self.events = 0
+        self.head = self.counters = self.reservations = 0
         self.problems: list[str] = []
         try:
             chain = verify_chain(directory)
@@ -116,15 +125,21 @@ class _Findings:
         self.segments, self.rows, self.events = chain.segments, chain.rows, chain.events
         self.problems = [str(problem) for problem in chain.problems]
 
-    def report(self, head: int, counters: int, reservations: int) -> JournalReport:
+    def unaudited(self, seq: int, error: JournalError) -> None:
+        """The events end at `seq` because the journal cannot be read on."""
+        if not self.problems:
+            self.problems.append(str(error))
+        self.problems.append(f"events after {seq} could not be audited")
+
+    def report(self) -> JournalReport:
         return JournalReport(
             self.directory.name,
             self.segments,
             self.rows,
             self.events,
-            head,
-            counters,
-            reservations,
+            self.head,
+            self.counters,
+            self.reservations,
             _bounded(self.problems),
             _bounded(self.exceptions),
         )
@@ -158,6 +173,8 @@ def _snapshots(directory: Path, findings: _Findings) -> dict[int, tuple[str, byt
     for path in newest_first(directory):
         try:
             state, position = load(path)
+        except FileNotFoundError:
+            continue  # a live worker has a newer one and removed it
         except (SnapshotError, OSError) as error:
             findings.problems.append(f"{error}. The journal is whole without it: remove the file")
         else:
@@ -165,10 +182,11 @@ def _snapshots(directory: Path, findings: _Findings) -> dict[int, tuple[str, byt
     return found
 
 
-def _verify_shard(directory: Path, planned_seq: int, progress: _Progress) -> JournalReport:
+def _verify_shard(directory: Path, progress: _Progress) -> tuple[_Findings, int]:
+    """What was found, and up to which planning event the shard has everything."""
     findings = _Findings(directory)
     if findings.segments == 0:
-        return findings.report(0, 0, 0)
+        return findings, 0
     snapshots = _snapshots(directory, findings)
     state, auditor = ledger.Ledger(), Auditor()
     try:
@@ -177,7 +195,7 @@ def _verify_shard(directory: Path, planned_seq: int, progress: _Progress) -> Jou
                 for event in codec.decode_shard(row):
                     auditor.take(state.seq + 1, row.at_ms, event)
                     ledger.apply(state, event, row.at_ms)
-                snapshot = snapshots.get(row.end.seq)
+                snapshot = snapshots.pop(row.end.seq, None)
                 if snapshot is not None:
                     name, hash_, totals, records = snapshot
                     if (hash_, totals, records) != (row.hash, _totals(state.counters), state.reservations.count):
@@ -185,12 +203,14 @@ def _verify_shard(directory: Path, planned_seq: int, progress: _Progress) -> Jou
                             f"{name} is not the state at {row.end.seq}: remove it, and report how it came about"
                         )
                 progress.add(len(row.body))
+        findings.problems += [
+            f"{name} is of position {seq}, where no row of the journal ends: remove it, and report how it came about"
+            for seq, (name, *_) in snapshots.items()
+        ]
     except JournalError as error:
-        if not findings.problems:
-            findings.problems.append(str(error))
-        findings.problems.append(f"events after {state.seq} could not be audited")
-    except InvariantError as error:
-        findings.problems.append(f"event {state.seq} cannot follow those before it: {error}")
+        findings.unaudited(state.seq, error)
+    except (InvariantError, Exception) as error:  # noqa: BLE001 - whatever an event leads to is a finding about it
+        findings.problems.append(_cannot_follow(state.seq, error))
     auditor.recount()
     findings.problems += [
         f"event {finding.seq}: {finding.what.value}: {finding.detail}"
@@ -199,20 +219,21 @@ def _verify_shard(directory: Path, planned_seq: int, progress: _Progress) -> Jou
     ]
     if auditor.totals() != _totals(state.counters):
         findings.problems.append("the ledger and the auditor come to different totals")
-    if state.planning_seq > planned_seq:
-        findings.problems.append(
-            f"the shard has planning events up to {state.planning_seq}, the planner only up to {planned_seq}: "
-            "the planner's journal has lost its end; restore it"
-        )
     findings.exceptions += [
         f"{over.counter[0]} {over.counter[1]}: {over.used} used over a limit of {over.limit} from event {over.seq} "
         + (f"to {over.until_seq}" if over.until_seq else "until now")
         for over in auditor.overcommitments
     ]
-    return findings.report(state.seq, len(state.counters), state.reservations.count)
+    findings.head, findings.counters = state.seq, len(state.counters)
+    findings.reservations = state.reservations.count
+    return findings, state.planning_seq
 
 
-def _verify_planner(directory: Path, progress: _Progress) -> tuple[JournalReport, int]:
+def _cannot_follow(seq: int, error: BaseException) -> str:
+    return f"event {seq} cannot follow those before it: {error if isinstance(error, InvariantError) else repr(error)}"
+
+
+def _verify_planner(directory: Path, progress: _Progress) -> JournalReport:
     findings = _Findings(directory)
     state = catalogue.Catalogue()
     if findings.segments:
@@ -223,10 +244,9 @@ def _verify_planner(directory: Path, progress: _Progress) -> tuple[JournalReport
                         catalogue.apply(state, event, row.at_ms)
                     progress.add(len(row.body))
         except JournalError as error:
-            if not findings.problems:
-                findings.problems.append(str(error))
-            findings.problems.append(f"events after {state.seq} could not be audited")
-        except InvariantError as error:
-            findings.problems.append(f"event {state.seq} cannot follow those before it: {error}")
-    counters = sum(len(slots) for slots in state.versions.values())
-    return findings.report(state.seq, counters, 0), state.seq
+            findings.unaudited(state.seq, error)
+        except (InvariantError, Exception) as error:  # noqa: BLE001 - whatever an event leads to is a finding about it
+            findings.problems.append(_cannot_follow(state.seq, error))
+    findings.head = state.seq
+    findings.counters = sum(len(slots) for slots in state.versions.values())
+    return findings.report()
