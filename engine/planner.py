@@ -9,6 +9,9 @@ Order of one change, and why
 A shard that is down stops nobody but itself: its changes wait in the journal. The caller's deadline passes and it hears
 `outcome_unknown`; sending the change again is harmless.
 
+A shard that has plans which the planner's journal does not know proves that this journal has lost its end. The planner then
+halts: what it would define next, that shard would take for something it has already.
+
 The pools are shown to the api processes as a JSON file in the runtime directory, replaced as a whole (`engine.catalogue_file`).
 
 Not promised: that two shards take over one change at the same instant.
@@ -23,11 +26,12 @@ import trio
 
 from engine import catalogue_file, codec, service, wire
 from engine.catalogue_file import CatalogueShown, PoolShown
+from engine.child import die
 from engine.core import catalogue, commands, events, outcomes
 from engine.core.outcomes import Outcome
 from engine.failpoints import failpoint
 from engine.journal.tail import JournalReader
-from engine.ports import GENESIS, Clock, Journal, Position
+from engine.ports import GENESIS, Clock, Journal, JournalCorruptError, JournalWriteError, Position
 from engine.service import Connection
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("planner")
@@ -45,6 +49,7 @@ class _Waiting(NamedTuple):
     planning_seq: int
     connection: Connection
     request_id: int
+    deadline_ms: int
     reply: outcomes.Reply
 
 
@@ -78,17 +83,28 @@ class Planner:
 
     def take(self, connection: Connection, payload: bytes) -> None:
         """Decide the commands of one frame into the open batch."""
+        monotonic_ms = self._clock.monotonic_ms()
         for request_id, deadline_ms, command in wire.planner_commands.decode(payload):
-            if deadline_ms < self._clock.monotonic_ms():
+            if deadline_ms < monotonic_ms:
                 reply: outcomes.Reply = outcomes.Refused(self._catalogue.seq, Outcome.DEADLINE_PASSED)
             elif isinstance(command, commands.PlannerStatus):
                 reply = self._status()
-            elif len(self._replies) >= COMMANDS_OPEN_MAX or len(self._waiting) >= WAITING_MAX:
+            elif len(self._replies) >= COMMANDS_OPEN_MAX or self._too_many_wait(monotonic_ms):
                 reply = outcomes.Refused(self._catalogue.seq, Outcome.OVERLOADED)
             else:
                 reply = self._decide(command)
-            self._replies.append(_Waiting(self._catalogue.seq, connection, request_id, reply))
+            self._replies.append(_Waiting(self._catalogue.seq, connection, request_id, deadline_ms, reply))
         self._wake.set()
+
+    def _too_many_wait(self, monotonic_ms: int) -> bool:
+        """Whether WAITING_MAX callers wait. Those who no longer do, for a shard long down, are forgotten first."""
+        if len(self._waiting) >= WAITING_MAX:
+            self._waiting = [
+                waiting
+                for waiting in self._waiting
+                if waiting.deadline_ms >= monotonic_ms and not waiting.connection.closed
+            ]
+        return len(self._waiting) >= WAITING_MAX
 
     def _status(self) -> outcomes.Status:
         values: dict[str, int | str] = {"pools": len(self._catalogue.pools)}
@@ -118,9 +134,12 @@ class Planner:
         self._events, self._replies = [], []
         if made:
             failpoint("planner_before_append")
-            await self._journal.append(
-                count=len(made), at_ms=self._open_at_ms, schema=events.SCHEMA, body=codec.encode(made)
-            )
+            try:
+                await self._journal.append(
+                    count=len(made), at_ms=self._open_at_ms, schema=events.SCHEMA, body=codec.encode(made)
+                )
+            except JournalWriteError as error:
+                die(f"the outcome of a write is unknown: {error}")
             failpoint("planner_after_append")
             self.show()
             for committed in self._committed:
@@ -185,7 +204,10 @@ class Planner:
             await trio.sleep(pause_s)
 
     async def _carry_over(self, shard: int, connection: Connection) -> None:
-        """Bring everything to one shard over one connection. Raises when the shard goes away."""
+        """Bring everything to one shard over one connection. Raises when the shard goes away.
+
+        Raises JournalCorruptError when the shard has plans that this planner's journal does not hold.
+        """
         frames = wire.FrameReader()
 
         async def ask(command: commands.ShardCommand) -> int:
@@ -200,24 +222,32 @@ class Planner:
                         raise wire.FrameError(f"shard {shard} does not take a plan: {reply}")
             raise ConnectionResetError(f"shard {shard} closed the connection")
 
-        reader = JournalReader(self._directory)
-        reached = await ask(commands.PlanningHead())
-        holding = reader.row_holding(reached) if reached else None
-        position = GENESIS if holding is None else Position(holding.seq - 1, holding.prev_hash)
-        while True:
-            committed = self._committed[shard] = trio.Event()
-            while rows := reader.rows(position, rows_max=ROWS_AT_ONCE):
-                for row in rows:
-                    for index, event in enumerate(codec.decode_planner(row)):
-                        planning_seq = row.seq + index
-                        command = catalogue.command_for_shard(
-                            event, planning_seq, shard, self._shards, self._catalogue.pool_of_code
-                        )
-                        if command is not None and planning_seq > reached:
-                            await ask(command)
-                    position = row.end
-                    self._reach(shard, row.end.seq)
-            await committed.wait()
+        with JournalReader(self._directory) as reader:
+            reached = await ask(commands.PlanningHead())
+            holding = reader.row_holding(reached)
+            if reached and holding is None:
+                raise JournalCorruptError(
+                    f"{self._directory}: shard {shard} has planning events up to {reached}, this journal ends at "
+                    f"{self._journal.head.seq}: it has lost its end. Restore it from a backup at least as new as the shards"
+                )
+            position = GENESIS if holding is None else Position(holding.seq - 1, holding.prev_hash)
+            while True:
+                committed = self._committed[shard] = trio.Event()
+                while rows := reader.rows(position, rows_max=ROWS_AT_ONCE):
+                    for row in rows:
+                        for index, event in enumerate(codec.decode_planner(row)):
+                            planning_seq = row.seq + index
+                            command = catalogue.command_for_shard(
+                                event, planning_seq, shard, self._shards, self._catalogue.pool_of_code
+                            )
+                            if command is None or planning_seq <= reached:
+                                continue
+                            answered = await ask(command)
+                            if answered < planning_seq:
+                                raise wire.FrameError(f"shard {shard} answered {answered} to plan {planning_seq}")
+                        position = row.end
+                        self._reach(shard, row.end.seq)
+                await committed.wait()
 
     def _reach(self, shard: int, planning_seq: int) -> None:
         """A shard has everything up to here: answer who waited for the last one."""
