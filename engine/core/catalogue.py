@@ -4,7 +4,10 @@ The planner is the one writer of definitions (base, overbook, buffer, closed, cu
 Each planner event reaches the shards it concerns in order, as a command that carries the event's number (`planning_seq`); a
 shard remembers the last one it took, so nothing is lost or taken twice, whatever crashes in between.
 
-`plan_version` of a pool or counter is the planning_seq that last changed it; `if_version` compares with it.
+`plan_version` of a pool or counter is the planning_seq that last changed it; `if_version` compares with it. A new cut-off of
+a pool changes the plan_version that a shard shows of a counter, and only the shard knows of which: so any version from the
+counter's last definition to its pool's last one is a version somebody may have read, and none of them hides a change of the
+counter itself.
 
 Not promised: units. What a counter's limit is stands in its shard; here only names and versions are kept, so that half a
 million counters stay small.
@@ -113,7 +116,8 @@ def _decide_put_counters(catalogue: Catalogue, command: commands.PutCounters) ->
             return _no(catalogue, Outcome.INVALID_SLOT, f"{put.pool_id} {put.slot_id} is named twice")
         seen.add((put.pool_id, put.slot_id))
         version = catalogue.versions.get(put.pool_id, {}).get(put.slot_id, 0)
-        if command.if_version is not None and command.if_version != version:
+        newest = max(version, pool.version) if version else 0
+        if command.if_version is not None and not version <= command.if_version <= newest:
             return _conflict(catalogue, f"{put.pool_id} {put.slot_id}", version)
         created += version == 0
         try:
