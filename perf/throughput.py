@@ -197,8 +197,8 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
             "highest": round(max(rates)),
             "spread_percent": round(100 * (max(rates) - min(rates)) / median, 1),
         },
-        "p50_ms": statistics.median(one.p50_ms for one in rounds),
-        "p99_ms": statistics.median(one.p99_ms for one in rounds),
+        "p50_ms": round(statistics.median(one.p50_ms for one in rounds), 3),
+        "p99_ms": round(statistics.median(one.p99_ms for one in rounds), 3),
         "max_ms": max(one.max_ms for one in rounds),
         "cpu_us_per_request": {
             role: round(statistics.median(one.cpu_us_per_request[role] for one in rounds), 2)

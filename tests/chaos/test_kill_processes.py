@@ -2,8 +2,8 @@
 
 Whatever dies: nothing acknowledged is lost or doubled, no counter passes its limit, `verify` proves the journals, clients that
 insist get an answer, and each part works again within a bound. The short form is a few kills; `-m slow` takes
-SLOTKEEPER_CHAOS_KILLS of them (40 if not given). A child that
-keeps dying is started again after ever longer pauses, up to 5 s, which is what most of that time goes to.
+SLOTKEEPER_CHAOS_KILLS of them, 40 if not given: a child that keeps dying is started again after ever longer pauses, up to
+5 s, which is where most of that time goes.
 """
 
 import os
