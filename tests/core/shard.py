@@ -6,6 +6,7 @@ the ledger's counters. `fingerprint` is everything that can be asked of a ledger
 
 import copy
 from collections.abc import Iterable
+from struct import Struct
 from typing import Any
 
 from engine import codec
@@ -21,6 +22,7 @@ from engine.ports import GENESIS_HASH, JournalRow
 ZONE = "Europe/Berlin"
 NOON_MS = resolve("2026-11-30T12:00-13:00", ZONE).starts_at_ms
 """The day before the slots of most tests."""
+KEY_HALVES = Struct("<qq")
 SECOND_MS = 1_000
 MINUTE_MS = 60_000
 HOUR_MS = 3_600_000
@@ -70,17 +72,27 @@ class Shard:
         self._batch: list[events.ShardEvent] = []
 
     def apply(self, event: events.ShardEvent) -> None:
-        """Take an event in and hold the auditor's totals against the counters."""
+        """Take an event in and, while watched, hold what it changed against the auditor and the touched rows."""
+        before = counter_rows(self.ledger) if self.watched else []
+        self.ledger.touched.clear()
         ledger.apply(self.ledger, event, self.now_ms)
         self._batch.append(event)
         self.auditor.take(self.ledger.seq, self.now_ms, event)
         if self.watched:
             self.compare()
+            changed = {
+                row
+                for row, values in enumerate(counter_rows(self.ledger))
+                if row >= len(before) or values != before[row]
+            }
+            assert changed <= self.ledger.touched, "what is not touched is not published"
+            assert all(self.ledger.counters.changed_seq[row] == self.ledger.seq for row in changed)
 
     def compare(self) -> None:
-        """The auditor must have found nothing and come to the same units."""
+        """The auditor must have found nothing and come to the same units and records."""
         assert not self.auditor.findings
         assert audited(self.auditor) == counted(self.ledger)
+        assert self.auditor.statistics().reservations == self.ledger.reservations.count
 
     def decide(self, command: commands.ShardCommand) -> outcomes.Reply:
         """Decide one command into the open batch."""
@@ -254,6 +266,11 @@ def counted(state: Ledger) -> list[tuple[int, ...]]:
     )
 
 
+def counter_rows(state: Ledger) -> list[tuple[int, ...]]:
+    """Everything there is of every counter."""
+    return list(zip(*(getattr(state.counters, field) for field in COUNTER_FIELDS), strict=True))
+
+
 def audited(auditor: Auditor) -> list[tuple[int, ...]]:
     """The units of every counter as the auditor has them."""
     return [
@@ -300,12 +317,25 @@ def expiries(state: Ledger) -> list[tuple[int, int]]:
 
 
 def fingerprint(state: Ledger, keys: Iterable[bytes] = ()) -> dict[str, Any]:
-    """Everything that can be asked of a ledger; `keys` are looked up as well, whether they are known or not."""
-    numbers_of_keys: dict[bytes, int | None] = {}
-    for each in keys:
-        known = ledger.find_key(state, each)
-        numbers_of_keys[each] = None if known is None else known[0].number[known[1]]
+    """Everything that can be asked of a ledger, which must agree with itself: the key of every record finds that record, and
+    no other of `keys` finds one.
+    """
     rows = records(state)
+    keys_of_records = {
+        KEY_HALVES.pack(chunk.key_high[row], chunk.key_low[row])
+        for chunk in state.reservations.chunks()
+        for row in range(chunk.size)
+        if chunk.status[row] != GONE
+    }
+    numbers_of_keys: dict[bytes, int | None] = {}
+    for each in sorted({*keys, *keys_of_records}):
+        known = ledger.find_key(state, each)
+        assert (known is not None) == (each in keys_of_records)
+        if known is not None:
+            chunk, row = known
+            assert KEY_HALVES.pack(chunk.key_high[row], chunk.key_low[row]) == each
+            numbers_of_keys[each] = chunk.number[row]
+    assert sum(state.keys._alive) == len(keys_of_records) == state.reservations.count
     return {
         "seq": state.seq,
         "at_ms": state.at_ms,

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import pytest
 
 from engine.core import commands, events, ledger, outcomes
-from engine.core.columns import CONFIRMED, EXPIRED, FULFILLED, HELD, RELEASED, STATUS_WORDS
+from engine.core.columns import CONFIRMED, COUNTER_FIELDS, EXPIRED, FULFILLED, HELD, RELEASED, STATUS_WORDS
 from engine.core.commands import NO_TTL, Line
 from engine.core.invariant import InvariantError
 from engine.core.ledger import TRANSITIONS
 from engine.core.limits import REFUSED_KEYS_MAX
 from engine.core.outcomes import Outcome
+from engine.core.sharding import counter_hash
 from engine.core.slots import Cutoff, resolve
 from tests.core.shard import (
     DAY_MS,
@@ -211,6 +212,13 @@ def test_apply_refuses_a_journal_that_breaks_a_rule(
     number = reservation(shard, status)
     with pytest.raises(InvariantError):
         ledger.apply(shard.ledger, made(number), shard.now_ms)
+
+
+def test_apply_refuses_a_late_confirm_that_does_not_fit(shard: Shard) -> None:
+    number = reservation(shard, EXPIRED)
+    shard.held(van(3))
+    with pytest.raises(InvariantError, match="would pass its limit"):
+        ledger.apply(shard.ledger, events.Confirmed(number, 9, None, late=True), shard.now_ms)
 
 
 def test_apply_refuses_time_that_goes_back(shard: Shard) -> None:
@@ -651,8 +659,13 @@ def test_the_same_action_again_is_answered_as_the_first_time_and_done_once(
 
 
 def test_another_key_is_another_reservation(shard: Shard) -> None:
-    assert shard.held(van(1)) != shard.held(van(1))
-    assert used(shard) == 2
+    """Also where one half of the key is the same, and the part of the index it is filed in."""
+    numbers = set()
+    for each in (bytes(16), bytes(8) + b"\0\1" + bytes(6), b"\1" + bytes(15)):
+        reply = shard.ask(commands.Hold([van(1)], MINUTE_MS, each, 1))
+        assert isinstance(reply, outcomes.Taken)
+        numbers.add(reply.number)
+    assert len(numbers) == used(shard) == 3
 
 
 # --- overcommitted ----------------------------------------------------------------------------------------------------
@@ -792,6 +805,38 @@ def test_a_new_rule_of_a_pool_moves_the_cutoffs_of_its_counters(shard: Shard) ->
     assert outcome_of(shard.hold(van(1))) is Outcome.PAST_CUTOFF
     shard.plan_pool(1, "van-north", None)
     assert outcome_of(shard.hold(van(1))) is Outcome.HELD
+
+
+def test_a_counter_is_as_planned_and_keeps_its_instants(shard: Shard) -> None:
+    def as_it_is() -> dict[str, int]:
+        return {field: getattr(shard.ledger.counters, field)[row] for field in COUNTER_FIELDS}
+
+    shard.plan("van-north", EVENING, 40, overbook=2, buffer=1, closed=True)
+    row = shard.row("van-north", EVENING)
+    planned = {
+        "base": 40,
+        "overbook": 2,
+        "buffer": 1,
+        "limit": 41,
+        "held": 0,
+        "confirmed": 0,
+        "fulfilled": 0,
+        "refused": 0,
+        "closed": 1,
+        "starts_at_ms": EVENING_STARTS_MS,
+        "ends_at_ms": EVENING_STARTS_MS + 2 * HOUR_MS,
+        "cutoff_at_ms": EVENING_CUTOFF_MS,
+        "changed_seq": shard.ledger.seq,
+        "plan_version": shard.planning_seq,
+        "pool_code": 1,
+        "hashed": counter_hash("van-north", EVENING),
+    }
+    assert as_it_is() == planned
+    moved = events.CountersDefined(shard.planning_seq + 1, [(1, EVENING, 1, 0, 5, False, 1, 2, 3)])
+    shard.apply(moved)
+    changes = {"base": 1, "overbook": 0, "buffer": 5, "limit": 0, "closed": 0, "cutoff_at_ms": 3}
+    versions = {"changed_seq": shard.ledger.seq, "plan_version": shard.planning_seq + 1}
+    assert as_it_is() == planned | changes | versions
 
 
 def test_a_plan_that_came_before_is_answered_and_not_applied(shard: Shard) -> None:
