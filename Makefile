@@ -28,7 +28,7 @@ demo: $(INSTALLED) ## a running engine with two weeks of slots, and what to try 
 
 .PHONY: test
 test: $(INSTALLED) tools ## the test suite (ARGS="-k name" for a part)
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint
 lint: $(INSTALLED) ## rules, format, types, import directions
@@ -44,7 +44,7 @@ format: $(INSTALLED) ## bring the code into form
 
 .PHONY: chaos
 chaos: $(INSTALLED) tools ## kill and freeze the processes of a real engine, the long form
-	@$(BIN)/python -m pytest tests/chaos $(ARGS)
+	@$(BIN)/python -m pytest tests/chaos -m "slow or not slow" $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED) tools ## reservations a second over HTTP, beside an empty handler
@@ -85,7 +85,7 @@ tools:
 	@PATH="$$PATH:/usr/sbin:/sbin"
 	missing=""
 	for tool in $(OPTIONAL_TOOLS); do
-	    command -v "$${tool%%=*}" > /dev/null || missing="$$missing $$(echo "$${tool#*=}" | tr , ' ')"
+	    command -v "$${tool%%=*}" > /dev/null || missing="$$missing$${missing:+ }$$(echo "$${tool#*=}" | tr , ' ')"
 	done
 	test -z "$$missing" && exit 0
 	( $(call apt,$$missing) ) && exit 0

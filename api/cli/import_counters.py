@@ -192,9 +192,13 @@ def import_counters(file: BinaryIO, reason: str, url: str, *, dry_run: bool, as_
         if not dry_run:
             document = msgspec.json.encode(ImportRequest(found.counters, reason))
             task = bars.add_task("Sending", total=len(document))
-            answer = service.checked(
-                service.ask("POST", "/v1/counters:import", document, progress=lambda size: bars.advance(task, size))
-            )
+
+            def sent(size: int) -> None:
+                bars.advance(task, size)
+                if bars.tasks[task].finished:
+                    bars.update(task, description="Applying", total=None)
+
+            answer = service.checked(service.ask("POST", "/v1/counters:import", document, progress=sent))
     if as_json:
         write_json({"ok": True, "dry_run": dry_run, **answer})
     elif dry_run:
