@@ -43,8 +43,8 @@ format: $(INSTALLED) ## bring the code into form
 	$(BIN)/ruff format
 
 .PHONY: chaos
-chaos: $(INSTALLED) tools ## kill and freeze the processes of a real engine, the long form
-	@$(BIN)/python -m pytest tests/chaos -m "slow or not slow" $(ARGS)
+chaos: $(INSTALLED) tools ## kill and freeze real processes, damage journals: the long forms
+	@$(BIN)/python -m pytest tests/chaos tests/journal -m "slow or not slow" $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED) tools ## reservations a second over HTTP, beside an empty handler

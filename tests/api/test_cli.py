@@ -13,7 +13,7 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -625,13 +625,22 @@ def test_the_demo_can_be_copied_line_by_line() -> None:
     assert not data.exists()
 
 
-def test_the_demo_keeps_a_directory_that_was_given_and_uses_it_again(tmp_path: Path) -> None:
+def test_the_demo_keeps_a_directory_that_was_given_and_uses_it_again_where_its_usual_port_is_taken(
+    tmp_path: Path,
+) -> None:
     data = tmp_path / "kept"
-    for _ in range(2):
-        with demo("--data", str(data), "--listen", "127.0.0.1:0") as (process, said):
-            assert str(data) in said
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(WAIT_SECONDS) == Exit.OK
+    usual = configuration.load(None).address
+    with socket.socket() as occupier:
+        # If somebody else has it already, that serves as well.
+        with suppress(OSError):
+            occupier.bind(tuple(usual))
+            occupier.listen()
+        for _ in range(2):
+            with demo("--data", str(data)) as (process, said):
+                assert str(data) in said
+                assert f"{usual}/" not in said
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(WAIT_SECONDS) == Exit.OK
     assert run("verify", data).code == Exit.OK
 
 
