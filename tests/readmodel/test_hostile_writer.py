@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_writer import COUNTERS, DAY_MS, NAME, POOLS, fill, is_whole, values_of
 
 from readmodel import layout
 from readmodel.layout import TornRowError
 from readmodel.publisher import Publisher
 from readmodel.reader import Reader, Row
+from tests.readmodel.hostile_writer import COUNTERS, DAY_MS, NAME, POOLS, fill, is_whole, values_of
 
 SCALAR_READS = 200_000
 SELECTS = 4_000
