@@ -271,6 +271,25 @@ def test_a_snapshot_of_the_table_is_one_instant(
     assert contents(both.table) == both.model
 
 
+def test_a_snapshot_keeps_a_chunk_that_its_neighbour_is_joined_to() -> None:
+    """The neighbour changes, not the chunk; it must be saved all the same before it is rewritten."""
+    both = Tables()
+    made = Model(HELD, ((1, 1),), 1, 1, 1, (1, 1), 1, ("SO-1", "web"))
+    for _ in range(2 * ROWS_OF_CHUNK + 1):
+        both.do("append", 1, made)
+    both.table.remove([1, 2])
+    frozen = set(contents(both.table))
+    both.table.begin_snapshot()
+    both.table.remove([8, 9, 10, 11])
+    assert [chunk.size for chunk in both.table.chunks()] == [ROWS_OF_CHUNK, 1]
+    blocks = []
+    while (block := both.table.next_block()) is not None:
+        blocks.append(block)
+    loaded = ReservationTable()
+    loaded.load(blocks)
+    assert set(contents(loaded)) == frozen
+
+
 def test_one_snapshot_at_a_time() -> None:
     table = ReservationTable()
     with pytest.raises(InvariantError, match="no snapshot has begun"):
@@ -462,6 +481,16 @@ def test_the_queue_is_a_sorted_list(loaded: list[tuple[int, int]], story: list[t
         check_next(queue, model)
     assert queue.due(2**62, 2**62) == model
     assert queue.next_ms() is None
+
+
+def test_what_is_due_at_one_instant_comes_in_order_of_number_whenever_it_was_filed() -> None:
+    """A replayed queue is filed in another order and must expire in the same."""
+    queue = ExpiryQueue()
+    for number in (7, 5):
+        queue.add(number, 1_000)
+    assert queue.due(1_000, 1) == [(1_000, 5)]
+    queue.add(3, 1_000)
+    assert queue.due(1_000, 9) == [(1_000, 3), (1_000, 7)]
 
 
 def check_next(queue: ExpiryQueue, model: list[tuple[int, int]]) -> None:
