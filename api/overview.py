@@ -22,7 +22,7 @@ from readmodel.layout import VALUE_FIELDS, NotPublishedError
 from readmodel.reader import Header, Reader, Row
 
 REFRESH_MS = 50
-"""How old the list of pools may be, where nobody names one that is not in it."""
+"""How old the list of pools may be where it only adds to an answer, and nobody names a pool that is not in it."""
 
 HEARTBEAT_AGE_MS_MAX = 1_000
 """A writer beats ten times a second: silent for longer, it is dead, frozen or starved."""
@@ -58,7 +58,7 @@ class Cursor(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Rows in order, and whether more follow."""
+    """Rows in order, those of the page that stayed torn, and whether more follow."""
 
     places: list[Place]
     torn: list[TornPlace]
@@ -165,29 +165,38 @@ class Overview:
             return Page([], [], more=False)
         codes = np.array([pool.code for pool in pools], np.int64)
         torn: list[TornPlace] = []
+        torn_identities: list[tuple[int, int, int]] = []
         parts, shards = [], []
         for shard in range(len(self._readers)):
-            found = self.reader(shard).select(codes.tolist(), starts_from_ms, starts_to_ms, ROWS_MAX)
+            reader = self.reader(shard)
+            found = reader.select(codes.tolist(), starts_from_ms, starts_to_ms, ROWS_MAX)
             parts.append(found.counters)
             shards.append(np.full(len(found.counters), shard))
-            torn += [TornPlace(shard, number) for number in found.torn.tolist()]
+            for number in found.torn.tolist():
+                identity = reader.identity(number)
+                torn.append(TornPlace(shard, number))
+                torn_identities.append((identity.pool_code, identity.starts_at_ms, identity.ends_at_ms))
         rows, shard_of = np.concatenate(parts), np.concatenate(shards)
+        # A torn row has its place in the order like any other: what it is called cannot be torn. They come after the rows.
+        names = np.array(torn_identities, np.int64).reshape(-1, 3)
+        pool_codes = np.concatenate((rows["pool_code"], names[:, 0]))
+        starts = np.concatenate((rows["starts_at_ms"], names[:, 1]))
+        ends = np.concatenate((rows["ends_at_ms"], names[:, 2]))
         rank = np.empty(int(codes.max()) + 1, np.int64)
         rank[codes] = np.arange(len(codes))
-        ranks = rank[rows["pool_code"]]
-        if after is not None:
-            starts, ends = rows["starts_at_ms"], rows["ends_at_ms"]
+        ranks = rank[pool_codes]
+        order = np.lexsort((ends, starts, ranks))
+        if after is not None and pools[0].pool_id == after.pool_id:
             later = (starts > after.starts_at_ms) | ((starts == after.starts_at_ms) & (ends > after.ends_at_ms))
-            keep = np.flatnonzero((ranks > 0) | later if pools[0].pool_id == after.pool_id else ranks >= 0)
-            rows, shard_of, ranks = rows[keep], shard_of[keep], ranks[keep]
-        order = np.lexsort((rows["ends_at_ms"], rows["starts_at_ms"], ranks))[: limit + 1]
+            order = order[((ranks > 0) | later)[order]]
         more = len(order) > limit
         order = order[:limit]
+        whole = order[order < len(rows)]
         places = [
             Place(shard, _row(fields))
-            for shard, fields in zip(shard_of[order].tolist(), rows[order].tolist(), strict=True)
+            for shard, fields in zip(shard_of[whole].tolist(), rows[whole].tolist(), strict=True)
         ]
-        return Page(places, torn, more)
+        return Page(places, [torn[index - len(rows)] for index in order[order >= len(rows)].tolist()], more)
 
 
 def _row(fields: tuple[int | bytes, ...]) -> Row:
