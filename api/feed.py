@@ -88,9 +88,13 @@ def read(data: Path, cursor: FeedCursor, limit: int) -> list[FeedEvent]:
 def show(found: list[FeedEvent], cursor: FeedCursor, overview: Overview) -> views.Json:
     """The page as JSON, with the cursor that goes on after it. Raises ShardNotPublishedError."""
     overview.refresh()
+    # The journal is a step ahead of the overview, which alone can name counters: what it does not show yet waits.
+    shown_to = {shard: overview.position(shard) for shard in {event.shard for event in found}}
     seen = list(cursor)
     shown = []
     for event in found:
+        if event.seq > shown_to[event.shard]:
+            continue
         seen[event.shard] = event.seq
         shown.append(
             {
@@ -105,10 +109,7 @@ def show(found: list[FeedEvent], cursor: FeedCursor, overview: Overview) -> view
 
 def _counter(overview: Overview, shard: int, number: int) -> views.Json:
     reader = overview.reader(shard)
-    reader.refresh()
-    if number >= reader.header().row_count:
-        return {"counter": number}
-    reader.rows_of_pool(0)
+    reader.rows_of_pool(0)  # takes rows that are new into the index
     identity = reader.identity(number)
     pool = overview.pool_of_code.get(identity.pool_code)
     if pool is None:
