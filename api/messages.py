@@ -31,12 +31,18 @@ SlotId = Annotated[
     str,
     Meta(
         max_length=limits.SLOT_ID_CHARS_MAX,
-        pattern=SLOT_ID_PATTERN.removesuffix("$") + _END,
+        pattern=SLOT_ID_PATTERN.removesuffix("$").replace(r"\d", "[0-9]") + _END,
         description="Local date, start and end in the pool's time zone; an end at or before the start is on the next day.",
         examples=["2026-12-01T18:00-20:00"],
     ),
 ]
 Quantity = Annotated[int, Meta(ge=1, le=limits.QUANTITY_MAX, description="Whole units.", examples=[1])]
+QuantitySummed = Annotated[
+    int,
+    Meta(
+        ge=1, le=limits.QUANTITY_MAX * limits.LINES_MAX, description="Whole units, of all lines that name the counter."
+    ),
+]
 Units = Annotated[int, Meta(ge=0, le=limits.UNITS_MAX)]
 Label = Annotated[str, Meta(min_length=1, max_length=limits.LABEL_CHARS_MAX, pattern=_PRINTABLE)]
 Reason = Annotated[str, Meta(max_length=limits.REASON_CHARS_MAX, pattern=_PRINTABLE)]
@@ -155,7 +161,7 @@ class LineAnswer(msgspec.Struct):
 
     pool_id: PoolId
     slot_id: SlotId
-    quantity: Quantity
+    quantity: QuantitySummed
 
 
 class ReservationAnswer(msgspec.Struct):
@@ -327,7 +333,7 @@ class CounterShortAnswer(msgspec.Struct):
 
     pool_id: PoolId
     slot_id: SlotId
-    quantity: Quantity
+    quantity: QuantitySummed
     available: Units
     status: str
     cutoff_at: Instant

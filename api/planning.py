@@ -16,6 +16,7 @@ from api.overview import ShardNotPublishedError
 from api.problems import CODE_OF_OUTCOME
 from api.reads import counter_view
 from engine.core import commands, outcomes
+from engine.core.limits import UNITS_MAX
 from engine.core.slots import SLOT_ID_PATTERN, SlotError, make_cutoff
 
 _pool = msgspec.json.Decoder(messages.PoolRequest)
@@ -88,13 +89,22 @@ async def put_pool(app: App, request: Request, parameters: Parameters) -> Respon
     return Response(201 if defined.created else 200, orjson.dumps(views.pool(shown)), headers=headers)
 
 
+def _counter_put(put: commands.CounterPut) -> commands.CounterPut:
+    """A counter whose limit every JSON reader keeps exact, as its parts are. Raises Refusal."""
+    if put.base + put.overbook - put.buffer > UNITS_MAX:
+        raise refuse(
+            "invalid_request", f"{put.pool_id} {put.slot_id}: base + overbook - buffer must be at most {UNITS_MAX}"
+        )
+    return put
+
+
 async def put_counter(app: App, request: Request, parameters: Parameters) -> Response:
     """PUT /v1/pools/{pool_id}/slots/{slot_id}."""
     pool_id, slot_id = _pool_id(parameters), parameters["slot_id"]
     if not _SLOT_ID.fullmatch(slot_id):
         raise refuse("invalid_slot", f"{slot_id!r} is no slot id: write it as in 2026-12-01T18:00-20:00")
     asked = body(request, _counter)
-    put = commands.CounterPut(pool_id, slot_id, asked.base, asked.overbook, asked.buffer, asked.closed)
+    put = _counter_put(commands.CounterPut(pool_id, slot_id, asked.base, asked.overbook, asked.buffer, asked.closed))
     defined = await _plan(app, commands.PutCounters([put], asked.reason, "", _if_version(request)))
     try:
         view = await counter_view(app, pool_id, slot_id)
@@ -109,7 +119,7 @@ async def import_counters(app: App, request: Request, parameters: Parameters) ->
     del parameters
     asked = body(request, _import)
     counters = [
-        commands.CounterPut(row.pool_id, row.slot_id, row.base, row.overbook, row.buffer, row.closed)
+        _counter_put(commands.CounterPut(row.pool_id, row.slot_id, row.base, row.overbook, row.buffer, row.closed))
         for row in asked.counters
     ]
     deadline_ms = app.clock.monotonic_ms() + IMPORT_DEADLINE_MS
