@@ -38,6 +38,7 @@ MIN_POSITION_POLL_S = 0.002
 """Waiting for one's own write: it is published before it is answered, so this is rarely needed once."""
 
 _ECHOED = re.compile(rb"[\x21-\x7e]{1,128}")
+_JSON_TYPE = re.compile(rb"application/json[ \t]*(;.*)?", re.IGNORECASE)
 
 
 class Refusal(Exception):  # noqa: N818 - a value on its way out, not a failure
@@ -126,13 +127,19 @@ class App:
                 route, parameters = self._find(method, request.path)
             if method != "GET" and request.headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
                 raise refuse("forbidden", "A page of another site may not change anything here.")
+            if request.query and not route.query and route.path.startswith("/v1/"):
+                query(request, ())
             response = await route.handler(self, request, parameters)
         except Refusal as refusal:
             response = refusal.response
         except Unsent:
             response = problems.problem("shard_unavailable")
         except Unanswered:
-            response = problems.problem("outcome_unknown", outcome="outcome_unknown")
+            # Reading has no outcome: asking again is always safe, without a key.
+            code, outcome = (
+                ("shard_unavailable", "not_executed") if method == "GET" else ("outcome_unknown", "outcome_unknown")
+            )
+            response = problems.problem(code, outcome=outcome)
         except TooMany:
             response = problems.problem("overloaded")
         echoed = _echoed(request.headers)
@@ -150,7 +157,7 @@ class App:
         for template, route in self._templates.get((method, len(parts)), ()):
             parameters = {}
             for expected, given in zip(template, parts, strict=True):
-                if expected.startswith("{"):
+                if expected.startswith("{") and given:
                     parameters[expected[1:-1]] = given
                 elif expected != given:
                     break
@@ -215,7 +222,7 @@ def body(request: Request, decoder: "msgspec.json.Decoder[BodyT]", *, optional: 
         if not optional:
             raise refuse("invalid_request", "The body is empty: send a JSON object.")
         data = b"{}"
-    elif not request.headers.get(b"content-type", b"application/json").startswith(b"application/json"):
+    elif not _JSON_TYPE.fullmatch(request.headers.get(b"content-type", b"application/json")):
         raise refuse("unsupported_media_type")
     try:
         return decoder.decode(data)
@@ -230,8 +237,7 @@ def query(request: Request, parameters: tuple[Parameter, ...]) -> dict[str, list
     try:
         pairs = parse_qsl(
             request.query.decode("ascii"),
-            keep_blank_values=True,
-            strict_parsing=True,
+            keep_blank_values=True,  # `?verbose` is `?verbose=`
             errors="strict",
             max_num_fields=100,
         )

@@ -48,7 +48,7 @@ ROUTES: tuple[Route, ...] = (
         "Read a reservation",
         "reservations",
         answers={200: messages.ReservationAnswer},
-        codes=("unknown_reservation", *_SHARD),
+        codes=("unknown_reservation", "shard_unavailable"),
     ),
     _verb(
         "confirm",
@@ -106,7 +106,7 @@ ROUTES: tuple[Route, ...] = (
         "What is left, slot by slot",
         "overview",
         answers={200: messages.AvailabilityAnswer},
-        codes=("unknown_pool", "shard_unavailable", "outcome_unknown"),
+        codes=("unknown_pool", "shard_unavailable"),
         query=reads.AVAILABILITY_QUERY,
     ),
     Route(
@@ -116,7 +116,7 @@ ROUTES: tuple[Route, ...] = (
         "Slots for shoppers: open or not, no numbers",
         "overview",
         answers={200: messages.SlotsAnswer},
-        codes=("unknown_pool", "shard_unavailable", "outcome_unknown"),
+        codes=("unknown_pool", "shard_unavailable"),
         query=reads.SLOTS_QUERY,
     ),
     Route(
@@ -126,7 +126,7 @@ ROUTES: tuple[Route, ...] = (
         "Everything about counters, for planners",
         "overview",
         answers={200: messages.CountersAnswer},
-        codes=("unknown_pool", "shard_unavailable", "outcome_unknown"),
+        codes=("unknown_pool", "shard_unavailable"),
         query=reads.COUNTERS_QUERY,
     ),
     Route(
@@ -136,7 +136,7 @@ ROUTES: tuple[Route, ...] = (
         "One counter",
         "overview",
         answers={200: messages.CounterAnswer},
-        codes=("unknown_pool", "unknown_slot", "shard_unavailable", "outcome_unknown"),
+        codes=("unknown_pool", "unknown_slot", "shard_unavailable"),
         query=reads.COUNTER_QUERY,
     ),
     Route(
