@@ -29,7 +29,8 @@ EVENTS_MAX = 1_000
 EVENTS_DEFAULT = 100
 
 _DATE = r"\d{4}-\d{2}-\d{2}"
-_INSTANT = _DATE + r"(T\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2}))?"
+# A space before the offset: that is what a plus sign means in a query where nobody encoded it.
+_INSTANT = _DATE + r"(T\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+ -]\d{2}:\d{2}))?"
 
 POOL_IDS = Parameter("pool_id", "Only these pools; may be given several times.", example="van-north", repeated=True)
 CAPACITY_TYPE = Parameter("capacity_type", "Only pools of this capacity type.", example="logistics")
@@ -99,7 +100,7 @@ def _decode_cursor(text: str | None) -> Cursor | None:
 
 def _pools(app: App, values: dict[str, list[str]]) -> list[PoolShown]:
     """The pools that a query selects. A pool that is named and does not exist is an error, not an empty answer."""
-    app.overview.refresh()
+    app.overview.refresh(now=True)  # who defined a pool finds it, whichever api process answers
     named = values.get("pool_id")
     if named is None:
         pools = list(app.overview.pools.values())
@@ -217,6 +218,7 @@ async def counters(app: App, request: Request, parameters: Parameters) -> Respon
 async def counter(app: App, request: Request, parameters: Parameters) -> Response:
     """GET /v1/pools/{pool_id}/slots/{slot_id}."""
     values = query(request, COUNTER_QUERY)
+    app.overview.refresh(now=True)  # its version is compared with, by If-Match
     try:
         await app.wait_for(_first(values, "min_position"))
         view = await counter_view(app, parameters["pool_id"], parameters["slot_id"])
@@ -244,6 +246,7 @@ async def counter_view(app: App, pool_id: str, slot_id: str) -> views.Json:
 async def pool(app: App, request: Request, parameters: Parameters) -> Response:
     """GET /v1/pools/{pool_id}."""
     query(request, ())
+    app.overview.refresh(now=True)  # its version is compared with, by If-Match
     found = app.overview.pool(parameters["pool_id"])
     if found is None:
         raise refuse("unknown_pool", f"There is no pool {parameters['pool_id']!r}.")
