@@ -87,7 +87,7 @@ def verify_data_directory(directory: Path, progress: Progress | None = None) -> 
     found = [_verify_shard(journal, told) for journal in journals[:-1]]
     planner = _verify_planner(journals[-1], told)
     for findings, planning_seq in found:
-        if planning_seq > planner.head:
+        if planning_seq > planner.head and not planner.problems:  # else its end was not read, and that is told already
             findings.problems.append(
                 f"the shard has planning events up to {planning_seq}, the planner only up to {planner.head}: "
                 "the planner's journal has lost its end; restore it"
