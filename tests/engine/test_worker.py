@@ -1,5 +1,6 @@
 """The worker's order of work: durable, then shown, then answered; and what it refuses, frees, forgets and finishes."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -350,16 +351,18 @@ async def test_stop_commits_and_answers_what_was_taken_and_takes_no_more(tmp_pat
 
 
 async def test_a_worker_under_load_stops(tmp_path: Path) -> None:
-    """Each answer brings the next question, so that there is always something in the open batch."""
+    """Each answer finds the next question asked already, so that there is always something in the open batch."""
     async with worker_on_disk(tmp_path) as running:
         client = await running.planned(base=1_000)
 
         async def keep_asking(caller: Client, name: str) -> None:
-            place = 0
-            while True:
-                place += 1
-                if outcome_of(await caller.hold(f"{name}{place}")) is Outcome.OVERLOADED:
+            asked = await caller.send(hold(name))
+            for place in itertools.count():
+                following = await caller.send(hold(f"{name}{place}"))
+                (reply,) = await caller.wait(asked)
+                if outcome_of(reply) is Outcome.OVERLOADED:
                     return
+                asked = following
 
         async with trio.open_nursery() as nursery:
             for name in "abcd":
