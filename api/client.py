@@ -989,6 +989,11 @@ class _Exchange:
 
     # Called by the parser.
 
+    def on_message_begin(self) -> None:
+        """An answer begins; after the one that was asked for, it is nobody's, and the connection is of no more use."""
+        if self._answer is not None:
+            self._answer = replace(self._answer, keep_alive=False)
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header line."""
         if name.lower() == b"retry-after":
@@ -1061,7 +1066,7 @@ def _insist(
     request = _request_bytes(call, settings, address)
     until = now() + deadline_seconds
     maybe_executed = False
-    is_stale_repeated = False
+    fresh = not call.is_repeatable
     tries = retries = 0
     budget.count_call()
     count("calls")
@@ -1076,7 +1081,7 @@ def _insist(
     while True:
         tries += 1
         count("tries")
-        ending = yield _Try(request, not call.is_repeatable or is_stale_repeated, until, answer_seconds)
+        ending = yield _Try(request, fresh, until, answer_seconds)
         code, may_now = "", False
         retry_after_seconds: float | None = None
         match ending:
@@ -1098,9 +1103,10 @@ def _insist(
                 pass
             case _Lost(last, is_sent, is_stale):
                 may_now = is_sent
-                if is_stale and call.is_repeatable and not is_stale_repeated:
+                if is_stale:
+                    # At most once, since a fresh connection is never stale; and only what is repeatable meets a kept one.
                     maybe_executed = maybe_executed or (may_now and call.changes)
-                    is_stale_repeated = True
+                    fresh = True
                     count("stale")
                     continue
             case _NotUnderstood(last):

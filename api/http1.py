@@ -728,6 +728,6 @@ def problem(code: str, detail: str, headers: tuple[tuple[bytes, bytes], ...] = (
         "status": status,
         "code": code,
         "detail": detail,
-        "outcome": "unknown" if code == "internal_error" else "not_executed",
+        "outcome": "outcome_unknown" if code == "internal_error" else "not_executed",
     }
     return Response(status, orjson.dumps(body), b"application/problem+json", headers)

@@ -29,7 +29,7 @@ BACKLOG = 128
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("service")
 
-RECEIVE_ERRORS = (OSError, wire.FrameError, msgspec.DecodeError)
+RECEIVE_ERRORS = (OSError, wire.FrameError, msgspec.DecodeError, UnicodeDecodeError)
 
 
 class Connection:
@@ -88,13 +88,14 @@ class Connection:
                     self._outbox[0] = self._outbox[0][sent:]
 
     async def receive(self) -> bytes:
-        """The next bytes; empty when the peer is gone."""
-        while True:
+        """The next bytes; empty when the peer is gone or was cut off."""
+        while not self.closed:
             await trio.lowlevel.wait_readable(self._socket)
             try:
                 return self._socket.recv(wire.RECEIVE_BYTES)
             except BlockingIOError:
                 continue
+        return b""
 
     def close(self) -> None:
         """Cut the peer off. Idempotent."""
@@ -125,10 +126,10 @@ async def connect(path: Path) -> socket.socket:
     peer.setblocking(False)
     try:
         peer.connect(str(path))
+        await trio.lowlevel.checkpoint()
     except BaseException:
         peer.close()
         raise
-    await trio.lowlevel.checkpoint()
     return peer
 
 

@@ -18,7 +18,7 @@ CounterUnits = tuple[int, int]
 """(counter row, units)"""
 
 
-class Event(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="event"):
+class Event(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="event", forbid_unknown_fields=True):
     """Base of all events."""
 
 

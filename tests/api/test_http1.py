@@ -318,4 +318,4 @@ def test_problems_say_what_was_not_done(code: str) -> None:
     assert body["status"] == response.status == http1.PROBLEMS[code][0]
     assert body["code"] == code
     assert body["type"].endswith(code.replace("_", "-"))
-    assert body["outcome"] == ("unknown" if code == "internal_error" else "not_executed")
+    assert body["outcome"] == ("outcome_unknown" if code == "internal_error" else "not_executed")

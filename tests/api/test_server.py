@@ -259,7 +259,7 @@ async def test_a_failing_handler_costs_one_connection() -> None:
             answer = await served.ask(GET + GET.replace(b"/ ", path + b" ") + GET)
             assert statuses_in(answer) == [200, 500]
             assert b'"code":"internal_error"' in answer
-            assert b'"outcome":"unknown"' in answer
+            assert b'"outcome":"outcome_unknown"' in answer
             assert b"a bug" not in answer
         assert statuses_in(await served.ask(GET, half_close=True)) == [200]
         assert [(type(error), request and request.path) for error, request in served.errors] == [
