@@ -659,6 +659,16 @@ def test_only_one_connection_is_replaced_at_once(face: Face) -> None:
     assert len(run.pauses) == run.outcomes[1].tries - 2 > 3
 
 
+def test_what_replaces_a_kept_connection_is_no_kept_one() -> None:
+    with ScriptedServer(YES, ReadAndHangUp(), YES) as server, Client(server.url, budget=plenty()) as client:
+        client.reserve(LINES)
+        other = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        client._connections._keep(other)
+        client.reserve(LINES)
+        assert [seen.connection for seen in server.requests] == [1, 2, 3]
+        assert client.statistics().connections_idle == 1
+
+
 def test_a_lost_try_over_a_kept_connection_may_have_been_executed(face: Face) -> None:
     with ScriptedServer(YES, ReadAndHangUp(), NO_SHARD) as server:
         run = face(server.url, HOLD, HOLD)
