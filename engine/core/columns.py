@@ -246,7 +246,9 @@ class ReservationTable:
         return found
 
     def lines(self, chunk: Chunk, row: int) -> Lines:
-        """What a record takes."""
+        """What a record takes. Nothing, where all of it lies on other shards."""
+        if chunk.counter[row] == NO_COUNTER:
+            return ()
         second = chunk.counter_2[row]
         if second == NO_COUNTER:
             return ((chunk.counter[row], chunk.quantity[row]),)
@@ -262,8 +264,8 @@ class ReservationTable:
         self._set_lines(chunk, row, number, lines)
 
     def _set_lines(self, chunk: Chunk, row: int, number: int, lines: Lines) -> None:
-        chunk.counter[row], chunk.quantity[row] = lines[0]
-        if len(lines) == 1:
+        chunk.counter[row], chunk.quantity[row] = lines[0] if lines else (NO_COUNTER, 0)
+        if len(lines) <= 1:
             chunk.counter_2[row] = NO_COUNTER
             chunk.quantity_2[row] = 0
         elif len(lines) == 2:
