@@ -83,7 +83,8 @@ def _instant_ms(name: str, text: str | None) -> int | None:
 
 def _encode_cursor(place: Place, pool_id: str) -> str:
     cursor = Cursor(pool_id, place.row.starts_at_ms, place.row.ends_at_ms)
-    return base64.urlsafe_b64encode(orjson.dumps(cursor)).rstrip(b"=").decode()
+    # orjson takes tuples, not their subclasses.
+    return base64.urlsafe_b64encode(orjson.dumps(tuple(cursor))).rstrip(b"=").decode()
 
 
 def _decode_cursor(text: str | None) -> Cursor | None:

@@ -47,7 +47,7 @@ def decode_shard(row: JournalRow) -> list[ShardEvent]:
     """The events of a shard's row. Raises JournalCorruptError."""
     try:
         events = _shard_decoder.decode(_upcast(row))
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _undecodable(row, error) from error
     _check_count(row, len(events))
     return events
@@ -57,7 +57,7 @@ def decode_planner(row: JournalRow) -> list[PlannerEvent]:
     """The events of a planner's row. Raises JournalCorruptError."""
     try:
         events = _planner_decoder.decode(_upcast(row))
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _undecodable(row, error) from error
     _check_count(row, len(events))
     return events

@@ -19,6 +19,9 @@ from typing import NamedTuple
 SLOT_ID_PATTERN = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}-\d{2}:\d{2}$"
 _SLOT_ID = re.compile(r"(\d{4})-(\d{2})-(\d{2})T(\d{2}):(\d{2})-(\d{2}):(\d{2})", re.ASCII)
 _MINUTE_MS = 60_000
+_NO_ZONES = ("localtime", "posixrules", "Factory", "posix/", "right/")
+"""What a host's zone directory holds beside the zones: its own local time, and copies that count leap seconds. They would
+mean other instants on another host."""
 MINUTES_BEFORE_MAX = 60 * 24 * 60
 DAYS_BEFORE_MAX = 60
 
@@ -72,9 +75,11 @@ def parse_slot_id(slot_id: str) -> Slot:
 def zone(name: str) -> zoneinfo.ZoneInfo:
     """The IANA zone of that name. Raises SlotError."""
     try:
-        return zoneinfo.ZoneInfo(name)
+        if not name.startswith(_NO_ZONES):
+            return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise SlotError(f"{name!r} is no IANA time zone: write one such as Europe/Berlin") from None
+        pass
+    raise SlotError(f"{name!r} is no IANA time zone: write one such as Europe/Berlin")
 
 
 def _instant_ms(local: dt.datetime, time_zone: zoneinfo.ZoneInfo) -> int:
