@@ -56,6 +56,10 @@ PUBLISH_ONE_BY_ONE_MAX = 48
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
 """Below this much free space new reservations are refused, so that releases, confirms and expiries keep working."""
 
+EXPIRY_STEPS_MAX = 2
+"""`expired` events of 16,384 holds each before other work gets its turn: some milliseconds."""
+
+_STEPS = (commands.Confirm, commands.Release, commands.Extend, commands.Fulfil, commands.Look)
 _ALWAYS_TAKEN = (commands.Look, commands.LookCounters, commands.ShardStatus, commands.PlanningHead)
 _TAKES_UNITS = (commands.Hold, commands.Move, commands.Prepare)
 
@@ -115,6 +119,9 @@ class Worker:
         self._coordinator = Coordinator(shard, len(peers) + 1)
         self._peers = {peer: Peer(peer, path, clock, self._replied) for peer, path in peers.items()}
         self._news: dict[int, list[commands.Command]] = {}
+        self._expiring = False
+        self._due = trio.Event()
+        self._postponed: list[Request] = []
         self._journal = journal
         self._publisher = publisher
         self._clock = clock
@@ -169,14 +176,53 @@ class Worker:
             else:
                 self._commands_open += 1
                 self._counts["commands"] += 1
-                if self._coordinator.concerns(self._ledger, command):
-                    self._coordinate(Request(command, deadline_ms, (connection, request_id)))
+                if self._expiring or self._coordinator.concerns(self._ledger, command):
+                    self._handle(Request(command, deadline_ms, (connection, request_id)))
                 elif isinstance(command, commands.Doubt):
                     self._follow(self._coordinator.doubt(self._ledger, command))
                     replies.append((request_id, outcomes.Planned(self._ledger.seq, self._ledger.planning_seq)))
                 else:
                     replies.append((request_id, self._decide(command, now_ms)))
         self._wake.set()
+
+    def _handle(self, request: Request) -> None:
+        """A command that needs other shards, or one that comes while more holds have expired than could be freed at once.
+
+        In that case it sees its own reservation as it should be, and what would be refused for lack of units waits until all
+        that is due has been freed.
+        """
+        command = request.command
+        if self._expiring:
+            if isinstance(command, _STEPS):
+                self._free(ledger.expire_one(self._ledger, command.number, self._open_at_ms))
+            elif isinstance(command, _TAKES_UNITS):
+                self._postpone(request)
+                return
+        if self._coordinator.concerns(self._ledger, command):
+            self._coordinate(request)
+        elif isinstance(command, commands.Doubt):
+            self._follow(self._coordinator.doubt(self._ledger, command))
+            self._answer(request, outcomes.Planned(self._ledger.seq, self._ledger.planning_seq))
+        else:
+            self._answer(request, self._decide(command, self._open_at_ms))
+
+    def _postpone(self, request: Request) -> None:
+        if isinstance(request.command, commands.Hold) and not self._coordinator.concerns(self._ledger, request.command):
+            reply, made = ledger.decide(self._ledger, request.command, self._open_at_ms, self._rules)
+            if not isinstance(reply, outcomes.Refused) or reply.outcome is not Outcome.INSUFFICIENT_CAPACITY:
+                for event in made:
+                    self._apply(event, self._open_at_ms)
+                self._answer(request, reply)
+                return
+        if len(self._postponed) >= self._bounds.batch_commands_max:
+            self._counts["overloaded"] += 1
+            self._answer(request, self._refused(Outcome.OVERLOADED))
+        else:
+            self._postponed.append(request)
+
+    def _answer(self, request: Request, reply: outcomes.Reply) -> None:
+        connection, request_id = request.waiter
+        self._replies.setdefault(connection, []).append((request_id, reply))
 
     def _refused(self, outcome: Outcome) -> outcomes.Refused:
         return outcomes.Refused(self._ledger.seq, outcome)
@@ -188,7 +234,7 @@ class Worker:
         """
         if not self._events:
             self._open_at_ms = max(self._ledger.at_ms, self._clock.now_ms())
-        self._expire(self._open_at_ms)
+        self._expire()
         return self._open_at_ms
 
     def _decide(self, command: commands.ShardCommand, now_ms: int) -> outcomes.Reply:
@@ -197,10 +243,21 @@ class Worker:
             self._apply(event, now_ms)
         return reply
 
-    def _expire(self, now_ms: int) -> None:
-        """Free what is due, which ends attempts on it."""
-        while (expired := ledger.expire(self._ledger, now_ms)) is not None:
-            self._apply(expired, now_ms)
+    def _expire(self) -> None:
+        """Free what is due, a bounded number at once: the rest is freed by `_free_the_rest`, with other work in between."""
+        for _ in range(EXPIRY_STEPS_MAX):
+            expired = ledger.expire(self._ledger, self._open_at_ms)
+            if expired is None:
+                break
+            self._free(expired)
+        self._expiring = self._ledger.expiry.is_due(self._open_at_ms)
+        if self._expiring:
+            self._due.set()
+
+    def _free(self, expired: events.Expired | None) -> None:
+        """Holds have expired, which ends attempts on them."""
+        if expired is not None:
+            self._apply(expired, self._open_at_ms)
             self._follow(self._coordinator.expired(self._ledger, expired))
 
     def _apply(self, event: events.ShardEvent, at_ms: int) -> None:
@@ -237,12 +294,7 @@ class Worker:
             self._replies.setdefault(connection, []).append((request_id, reply))
         self._send(effects.messages)
         for request in effects.again:
-            if self._coordinator.concerns(self._ledger, request.command):
-                self._coordinate(request)
-            else:
-                connection, request_id = request.waiter
-                reply = self._decide(request.command, self._open_at_ms)
-                self._replies.setdefault(connection, []).append((request_id, reply))
+            self._handle(request)
 
     def _send(self, messages: tuple[Message, ...]) -> None:
         now: dict[int, list[commands.Command]] = {}
@@ -384,6 +436,7 @@ class Worker:
             nursery.start_soon(self._tick_heartbeat)
             nursery.start_soon(self._tick_housekeeping)
             nursery.start_soon(self._tick_coordinator)
+            nursery.start_soon(self._free_the_rest)
             for peer in self._peers.values():
                 nursery.start_soon(peer.run)
             while True:
@@ -421,6 +474,26 @@ class Worker:
             if next_ms is not None and next_ms <= self._clock.now_ms():
                 self._begin()
                 self._wake.set()
+
+    async def _free_the_rest(self) -> None:
+        """After a mass expiry: free step by step, look at the sockets in between, then decide what had to wait."""
+        while True:
+            await self._due.wait()
+            self._due = trio.Event()
+            while self._expiring:
+                self._begin()
+                self._wake.set()
+                await trio.lowlevel.checkpoint()
+            postponed, self._postponed = self._postponed, []
+            monotonic_ms = self._clock.monotonic_ms()
+            self._begin()
+            for request in postponed:
+                if request.deadline_ms < monotonic_ms:
+                    self._counts["too_late"] += 1
+                    self._answer(request, self._refused(Outcome.DEADLINE_PASSED))
+                else:
+                    self._handle(request)
+            self._wake.set()
 
     async def _tick_coordinator(self) -> None:
         while True:

@@ -32,6 +32,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.core import commands, events, outcomes
 from engine.core.columns import (
@@ -40,6 +41,8 @@ from engine.core.columns import (
     FULFILLED,
     GONE,
     HELD,
+    MORE_LINES,
+    NO_COUNTER,
     RELEASED,
     Chunk,
     CounterTable,
@@ -59,6 +62,9 @@ from engine.core.limits import (
 from engine.core.outcomes import CounterShort, Outcome
 from engine.core.sharding import counter_hash, reservation_number
 from engine.core.slots import Cutoff, cutoff_at_ms, resolve
+
+ONE_BY_ONE_MAX = 64
+"""Below so many, single steps are faster than arrays."""
 
 _KEY_HALVES = Struct("<qq")
 
@@ -186,27 +192,51 @@ def apply(ledger: Ledger, event: events.ShardEvent, at_ms: int) -> None:
 def expire(ledger: Ledger, now_ms: int) -> events.Expired | None:
     """The next holds whose time has passed, as one event, or None when nothing is due.
 
-    The caller applies the event at once: what is returned has left the queue. Call again until None.
+    The caller applies the event at once: what is returned has left the queue. Call again until None, or see `expire_one`.
     """
-    numbers: list[int] = []
-    times: list[int] = []
-    while len(numbers) < EXPIRED_IN_EVENT_MAX:
-        due = ledger.expiry.due(now_ms, EXPIRED_IN_EVENT_MAX - len(numbers))
-        if not due:
-            break
-        for expires_at_ms, number in due:
-            found = ledger.reservations.find(number)
-            if found is not None:
-                chunk, row = found
-                if (
-                    chunk.status[row] == HELD
-                    and chunk.expires_at_ms[row] == expires_at_ms
-                    and number not in ledger.pinned
-                    and not (numbers and numbers[-1] == number)  # entries of one hold and one time lie side by side
-                ):
-                    numbers.append(number)
-                    times.append(expires_at_ms)
-    return events.Expired(numbers, times) if numbers else None
+    while True:
+        times, numbers = ledger.expiry.due(now_ms, EXPIRED_IN_EVENT_MAX)
+        if not len(times):
+            return None
+        if len(times) < ONE_BY_ONE_MAX:
+            due = [
+                (number, expires_at_ms)
+                for number, expires_at_ms in dict.fromkeys(zip(numbers.tolist(), times.tolist(), strict=True))
+                if _is_due(ledger, number, expires_at_ms)
+            ]
+            if due:
+                return events.Expired([number for number, _ in due], [expires_at_ms for _, expires_at_ms in due])
+            continue
+        keep = np.zeros(len(times), np.bool_)
+        for chunk, places, rows in ledger.reservations.locate(numbers):
+            keep[places] = (chunk.view("status")[rows] == HELD) & (chunk.view("expires_at_ms")[rows] == times[places])
+        for place in np.flatnonzero(keep).tolist() if ledger.pinned else ():
+            keep[place] = int(numbers[place]) not in ledger.pinned
+        _, first = np.unique(numbers, return_index=True)
+        once = np.zeros(len(times), np.bool_)
+        once[first] = True
+        keep &= once
+        if keep.any():
+            return events.Expired(numbers[keep].tolist(), times[keep].tolist())
+
+
+def _is_due(ledger: Ledger, number: int, expires_at_ms: int) -> bool:
+    found = ledger.reservations.find(number)
+    if found is None or number in ledger.pinned:
+        return False
+    chunk, row = found
+    return chunk.status[row] == HELD and chunk.expires_at_ms[row] == expires_at_ms
+
+
+def expire_one(ledger: Ledger, number: int, now_ms: int) -> events.Expired | None:
+    """One hold out of its turn, if its time has passed: so that a step on it need not wait for a million others."""
+    found = ledger.reservations.find(number)
+    if found is None:
+        return None
+    expires_at_ms = found[0].expires_at_ms[found[1]]
+    if expires_at_ms > now_ms or not _is_due(ledger, number, expires_at_ms):
+        return None
+    return events.Expired([number], [expires_at_ms])
 
 
 def forget(ledger: Ledger, from_number: int, now_ms: int, rules: Rules) -> tuple[events.Forgotten | None, int]:
@@ -963,11 +993,53 @@ def _apply_fulfilled(ledger: Ledger, event: events.Fulfilled) -> None:
 
 
 def _apply_expired(ledger: Ledger, event: events.Expired) -> None:
+    if len(event.numbers) >= ONE_BY_ONE_MAX:
+        _apply_expired_many(ledger, event)
+        return
     for number, expired_at_ms in zip(event.numbers, event.expired_at_ms, strict=True):
         chunk, row, to = _changing(ledger, number, "expire", 0)
         invariant(chunk.expires_at_ms[row] == expired_at_ms, "a hold expires at its own time")
         _move_units(ledger, ledger.reservations.lines(chunk, row), HELD, -1)
         chunk.status[row] = to
+
+
+def _apply_expired_many(ledger: Ledger, event: events.Expired) -> None:
+    """As one by one, with arrays."""
+    numbers, times = np.array(event.numbers, np.int64), np.array(event.expired_at_ms, np.int64)
+    invariant(len(np.unique(numbers)) == len(numbers), "a hold expires once")
+    counters = ledger.counters
+    left = len(numbers)
+    touched: list[NDArray[np.int64]] = []
+    for chunk, places, rows in ledger.reservations.locate(numbers):
+        ledger.reservations.writable_chunk(chunk)
+        left -= len(rows)
+        status = chunk.view("status")
+        invariant(bool(np.all(status[rows] == HELD)), "only holds expire")
+        invariant(bool(np.all(chunk.view("expires_at_ms")[rows] == times[places])), "a hold expires at its own time")
+        status[rows] = EXPIRED
+        chunk.view("changed_at_ms")[rows] = ledger.at_ms
+        chunk.view("changed_seq")[rows] = ledger.seq
+        chunk.view("version")[rows] += 1
+        chunk.view("action")[rows] = 0
+        second = chunk.view("counter_2")[rows]
+        for row in rows[second == MORE_LINES].tolist():
+            _move_units(ledger, ledger.reservations.lines(chunk, row), HELD, -1)
+        for counter, quantity, here in (
+            ("counter", "quantity", (chunk.view("counter")[rows] != NO_COUNTER) & (second != MORE_LINES)),
+            ("counter_2", "quantity_2", second >= 0),
+        ):
+            which = chunk.view(counter)[rows][here].astype(np.int64)
+            np.subtract.at(counters.view("held"), which, chunk.view(quantity)[rows][here].astype(np.int64))
+            touched.append(which)
+    invariant(left == 0, "what expires must be in memory")
+    changed = np.unique(np.concatenate(touched))
+    invariant(bool(np.all(counters.view("held")[changed] >= 0)), "units of a counter must not fall below zero")
+    counters.view("changed_seq")[changed] = ledger.seq
+    ledger.touched.update(changed.tolist())
+    if ledger.parts:
+        for number in event.numbers:
+            if number in ledger.parts:
+                _owe(ledger, number)
 
 
 def _apply_refused(ledger: Ledger, event: events.Refused) -> None:
