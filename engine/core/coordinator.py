@@ -47,8 +47,11 @@ WAITING_STEPS_MAX = 8
 ATTEMPTS_MAX = 8_192
 SENT_IN_TICK_MAX = 1_000
 
-_TX_RESTART_BITS = 12
-_TX_COUNT_BITS = 30
+_TX_BITS = 63
+_TX_RESTART_BITS = 18
+_TX_COUNT_BITS = 36
+"""Numbers of attempts rise for years at a thousand restarts a day and ten thousand attempts a second; a part can then tell
+a late message of an attempt that is over."""
 
 
 class Message(NamedTuple):
@@ -148,9 +151,9 @@ class Coordinator:
                 return False
             return self._leads_away(command.lines)
         if isinstance(command, commands.Move):
-            return command.number in state.parts or self._leads_away(command.lines)
+            return command.number in state.parts or command.number in self._of_number or self._leads_away(command.lines)
         if isinstance(command, commands.Confirm | commands.Extend):
-            return command.number in state.parts
+            return command.number in state.parts or command.number in self._of_number
         if isinstance(command, commands.Release | commands.Fulfil):
             return command.number in self._of_number
         return False
@@ -169,9 +172,8 @@ class Coordinator:
         if len(self._attempts) >= ATTEMPTS_MAX:
             return _answer(request, outcomes.Refused(state.seq, Outcome.OVERLOADED))
         self._count += 1
-        tx = (
-            state.epoch << _TX_RESTART_BITS | state.restart & (1 << _TX_RESTART_BITS) - 1
-        ) << _TX_COUNT_BITS | self._count & (1 << _TX_COUNT_BITS) - 1
+        term = state.epoch << _TX_RESTART_BITS | state.restart & (1 << _TX_RESTART_BITS) - 1
+        tx = (term << _TX_COUNT_BITS | self._count & (1 << _TX_COUNT_BITS) - 1) & (1 << _TX_BITS) - 1
         deadline_ms = min(request.deadline_ms, monotonic_ms + ATTEMPT_MS_MAX)
         number = 0 if isinstance(command, commands.Hold) else command.number  # type: ignore[union-attr]  # by `concerns`
         attempt = _Attempt(tx, request, number, deadline_ms)
@@ -324,7 +326,10 @@ class Coordinator:
         attempt = self._attempts.get(asked.tx)
         if attempt is None:
             if isinstance(reply, outcomes.Prepared):
-                return Effects(messages=(self._state_of(state, shard, reply.part_number, asked.number, asked.tx),))
+                number = asked.number or self._number_of_part(state, shard, reply.part_number)
+                return Effects(messages=(self._state_of(state, shard, reply.part_number, number, asked.tx),))
+            return Effects()
+        if shard not in attempt.silent:
             return Effects()
         if not isinstance(reply, outcomes.Prepared):
             if isinstance(reply, outcomes.Refused) and reply.outcome not in (
@@ -354,7 +359,8 @@ class Coordinator:
         if not isinstance(reply, outcomes.Synced) or asked.version == 0 or asked.number not in state.owed:
             return Effects()
         found = state.reservations.find(asked.number)
-        if found is None:
+        parts = state.parts.get(asked.number, ())
+        if found is None or not any(part.shard == shard and part.number == asked.part_number for part in parts):
             return Effects()
         version = found[0].version[found[1]]
         if reply.version < version:
@@ -364,7 +370,7 @@ class Coordinator:
             known = set()
         known.add(shard)
         self._told[asked.number] = (version, known)
-        if any(part.shard not in known for part in state.parts[asked.number]):
+        if any(part.shard not in known for part in parts):
             return Effects()
         self._told.pop(asked.number)
         self._sent_ms.pop(asked.number, None)
@@ -399,7 +405,7 @@ class Coordinator:
     # --- news ---------------------------------------------------------------------------------------------------------
 
     def _state_of(self, state: Ledger, shard: int, part_number: int, number: int, tx: int) -> Message:
-        """What a part on another shard is by the journal of this one."""
+        """What a part on another shard is by the journal of this one: nothing, where its reservation does not name it."""
         found = state.reservations.find(number) if number else None
         if found is not None:
             for part in state.parts.get(number, ()):
@@ -411,7 +417,8 @@ class Coordinator:
                         tx, part_number, number, chunk.version[row], status, chunk.expires_at_ms[row], lines
                     )
                     return Message(shard, sync, after_commit=True)
-        return Message(shard, commands.Sync(tx, part_number, number, 0, RELEASED, 0, []), after_commit=True)
+        version = 0 if found is None else found[0].version[found[1]]
+        return Message(shard, commands.Sync(tx, part_number, number, version, RELEASED, 0, []), after_commit=True)
 
     def news(self, state: Ledger, number: int, monotonic_ms: int) -> tuple[Message, ...]:
         """Tell the other shards of a reservation's last change, those that do not know it yet."""

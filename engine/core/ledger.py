@@ -138,6 +138,8 @@ class Link(NamedTuple):
     """The reservation's version that this part has taken over."""
     is_pinned: bool
     """Prepared and not heard of since: it does not expire, and its home is asked."""
+    asked_version: int = 0
+    """The reservation's version that the attempt started from: news up to it does not say what became of the attempt."""
 
 
 class Ledger:
@@ -212,12 +214,12 @@ def expire(ledger: Ledger, now_ms: int) -> events.Expired | None:
             keep[places] = (chunk.view("status")[rows] == HELD) & (chunk.view("expires_at_ms")[rows] == times[places])
         for place in np.flatnonzero(keep).tolist() if ledger.pinned else ():
             keep[place] = int(numbers[place]) not in ledger.pinned
-        _, first = np.unique(numbers, return_index=True)
-        once = np.zeros(len(times), np.bool_)
-        once[first] = True
-        keep &= once
-        if keep.any():
-            return events.Expired(numbers[keep].tolist(), times[keep].tolist())
+        # A number may be due several times: earlier times are those before an extension, equal ones are the same entry twice.
+        places = np.flatnonzero(keep)
+        _, first = np.unique(numbers[places], return_index=True)
+        once = places[np.sort(first)]
+        if len(once):
+            return events.Expired(numbers[once].tolist(), times[once].tolist())
 
 
 def _is_due(ledger: Ledger, number: int, expires_at_ms: int) -> bool:
@@ -421,7 +423,7 @@ def _decide_prepare(ledger: Ledger, command: commands.Prepare, now_ms: int, rule
     if isinstance(wanted, outcomes.Refused):
         return wanted, ()
     key = _part_key(command.key)
-    part_number = command.part_number or _unborn_part(ledger, key, command.home_shard)
+    part_number = command.part_number or _unborn_part(ledger, key, command)
     had: dict[int, int] = {}
     is_held = False
     if part_number:
@@ -431,6 +433,13 @@ def _decide_prepare(ledger: Ledger, command: commands.Prepare, now_ms: int, rule
         if link.is_pinned and link.tx == command.tx:
             return outcomes.Prepared(ledger.seq, command.tx, part_number), ()
         chunk, row = found
+        if (
+            link.tx == command.tx
+            or _is_older(command.tx, link.tx)
+            or command.version < link.version
+            or chunk.status[row] == FULFILLED
+        ):
+            return _no(ledger, Outcome.DEADLINE_PASSED, "a late message: the attempt that sent it is over")
         is_held = chunk.status[row] in (HELD, CONFIRMED)
         if is_held:
             had = dict(ledger.reservations.lines(chunk, row))
@@ -454,39 +463,58 @@ def _part_key(key: bytes) -> bytes:
     return bytes(byte ^ 0x5A for byte in key[:8]) + key[8:]
 
 
-def _unborn_part(ledger: Ledger, key: bytes, home_shard: int) -> int:
+def _is_older(tx: int, than: int) -> bool:
+    """Whether a home began the one attempt before the other. Numbers of attempts rise, and begin again after 2**63."""
+    return 0 < (than - tx) % 2**63 < 2**62
+
+
+def _unborn_part(ledger: Ledger, key: bytes, command: commands.Prepare) -> int:
     """A part that an earlier attempt of the same request prepared and whose home lost it: it is taken over. 0: none."""
     key_high, key_low = _KEY_HALVES.unpack(key)
     for number in ledger.keys.candidates(key_high, key_low):
         link, found = ledger.links.get(number), ledger.reservations.find(number)
         if link is None or found is None or found[0].key_low[found[1]] != key_low:
             continue
-        if link.home_shard == home_shard and link.number == 0 and link.is_pinned:
+        if (
+            link.home_shard == command.home_shard
+            and link.number == command.number
+            and link.version == 0
+            and link.is_pinned
+        ):
             return number
     return 0
 
 
 def _decide_sync(ledger: Ledger, command: commands.Sync, now_ms: int, rules: Rules) -> Decision:
-    """Take over what the home of a reservation says of the part here. Older news than what is known changes nothing."""
-    del now_ms, rules
+    """Take over what the home of a reservation says of the part here. Older news than what is known changes nothing.
+
+    While the part is pinned, the answer about that very attempt ends it, as does a version beyond the one it started from. A
+    home that no longer knows the reservation (version 0) gives the part up, whatever version it has.
+    """
+    del rules
     link = ledger.links.get(command.part_number)
     if link is None:
         return outcomes.Synced(ledger.seq, command.part_number, command.version), ()
-    ends_attempt = link.is_pinned and command.tx == link.tx and command.version >= link.version
-    if not ends_attempt and command.version <= link.version:
+    if link.is_pinned and command.tx == link.tx:
+        is_taken_over = command.version >= link.version or command.version == 0
+    else:
+        is_taken_over = command.version > (max(link.version, link.asked_version) if link.is_pinned else link.version)
+    if not is_taken_over:
         return outcomes.Synced(ledger.seq, command.part_number, link.version), ()
     lines = _counter_rows(ledger, command.lines)
     if isinstance(lines, outcomes.Refused):
         broken("a part names counters that this shard has")
+    version = max(command.version, link.version)
+    is_late = command.status == HELD and command.expires_at_ms <= now_ms  # its time came while the news travelled
     event = events.PartSynced(
         command.part_number,
-        command.number,
-        command.version,
-        command.status,
+        command.number or link.number,
+        version,
+        EXPIRED if is_late else command.status,
         command.expires_at_ms,
         list(lines.items()),
     )
-    return outcomes.Synced(ledger.seq + 1, command.part_number, command.version), (event,)
+    return outcomes.Synced(ledger.seq + 1, command.part_number, version), (event,)
 
 
 def counter_values(
@@ -911,9 +939,9 @@ def _apply_moved(ledger: Ledger, event: events.Moved) -> None:
 def _apply_part_prepared(ledger: Ledger, event: events.PartPrepared) -> None:
     number = event.part_number
     if number:
-        link = ledger.links[number]._replace(tx=event.tx, is_pinned=True)
-        if event.version:
-            link = link._replace(number=event.number, version=event.version)
+        link = ledger.links[number]._replace(tx=event.tx, is_pinned=True, asked_version=event.version)
+        if event.number:
+            link = link._replace(number=event.number)
         chunk, row = ledger.reservations.writable(number)
         status = chunk.status[row]
         had = dict(ledger.reservations.lines(chunk, row)) if status in (HELD, CONFIRMED) else {}
@@ -939,7 +967,7 @@ def _apply_part_prepared(ledger: Ledger, event: events.PartPrepared) -> None:
             channel="",
         )
         ledger.keys.add(key_high, key_low, number)
-        link = Link(event.home_shard, event.tx, event.number, 0, is_pinned=True)
+        link = Link(event.home_shard, event.tx, event.number, 0, is_pinned=True, asked_version=event.version)
         chunk, row = ledger.reservations.writable(number)
         had = {}
     ledger.links[number] = link
