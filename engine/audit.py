@@ -372,6 +372,10 @@ class Auditor:
         parts = self._elsewhere.get(number, {})
         return Home(number, record.status, record.version, record.expires_at_ms, number in self._owed, parts)
 
+    def newest(self) -> int:
+        """The number of the record made last. 0: none."""
+        return self._numbers[-1] if self._numbers else 0
+
     def knew(self, number: int) -> bool:
         """Whether the record with this number could have been made here by now, and may have been forgotten since."""
         return number >> HASH_BITS <= self._seq

@@ -6,7 +6,8 @@ For each shard, in this order:
    position, each step of each reservation legal, and lists the times a plan went below what was booked (`engine.audit`);
 3. the state: the ledger, replayed from the first event, comes to the same totals as the auditor;
 4. the snapshots: each loads, and its totals are those of the replay at its position.
-Then the planner: its chain, its events, and that no shard is ahead of it.
+Then the planner: its chain, its events, and that no shard is ahead of it. Then the shards together: every reservation over
+several of them is the same everywhere, or on its way (`engine.cross_audit`).
 
 It reads only, so it may run beside a live engine; then it proves what was durable when it looked. Everything it finds is named;
 nothing is skipped and nothing is changed.
@@ -24,6 +25,7 @@ from engine.audit import Auditor, CounterTotals
 from engine.core import catalogue, ledger
 from engine.core.columns import CounterTable
 from engine.core.invariant import InvariantError
+from engine.cross_audit import cross_audit
 from engine.journal.segments import list_segments, wal_of
 from engine.journal.tail import JournalReader
 from engine.journal.verify import verify_chain
@@ -55,6 +57,22 @@ class JournalReport(msgspec.Struct, frozen=True):
     """Recorded and legal: the times a counter was overcommitted by a plan."""
 
 
+class CrossReport(msgspec.Struct, frozen=True):
+    """What was found between the shards."""
+
+    reservations: int
+    """Reservations over several shards that are not forgotten."""
+    parts: int
+    """Their parts on other shards."""
+    owed: int
+    """In flight: reservations whose last change is not yet known everywhere."""
+    pinned: int
+    """In flight: parts whose home has not said what became of them."""
+    moving: int
+    """In flight: differences that came about between the reading of two journals of a running engine."""
+    problems: list[str]
+
+
 class Report(msgspec.Struct, frozen=True):
     """What was found in a data directory."""
 
@@ -62,6 +80,7 @@ class Report(msgspec.Struct, frozen=True):
     """Everything is proven."""
     shards: list[JournalReport]
     planner: JournalReport
+    cross: CrossReport
 
 
 class _Progress:
@@ -84,8 +103,18 @@ def verify_data_directory(directory: Path, progress: Progress | None = None) -> 
     sizes = sum(_size(path) for journal in journals if journal.is_dir() for path in _files(journal))
     told = _Progress(progress, max(1, sizes))
     planner, planned_seq = _verify_planner(journals[-1], told)
-    shards = [_verify_shard(journal, planned_seq, told) for journal in journals[:-1]]
-    return Report(not any(report.problems for report in (planner, *shards)), shards, planner)
+    found = [_verify_shard(journal, planned_seq, told, metadata.shards) for journal in journals[:-1]]
+    shards = [report for report, _ in found]
+    cross = _verify_cross([auditor for _, auditor in found])
+    is_proven = not any(report.problems for report in (planner, cross, *shards))
+    return Report(is_proven, shards, planner, cross)
+
+
+def _verify_cross(auditors: list[Auditor]) -> CrossReport:
+    found = cross_audit(auditors)
+    return CrossReport(
+        found.reservations, found.parts, found.owed, found.pinned, found.moving, _bounded(found.problems)
+    )
 
 
 def _files(journal: Path) -> list[Path]:
@@ -165,12 +194,14 @@ def _snapshots(directory: Path, findings: _Findings) -> dict[int, tuple[str, byt
     return found
 
 
-def _verify_shard(directory: Path, planned_seq: int, progress: _Progress) -> JournalReport:
+def _verify_shard(
+    directory: Path, planned_seq: int, progress: _Progress, shards: int
+) -> tuple[JournalReport, Auditor]:
     findings = _Findings(directory)
+    state, auditor = ledger.Ledger(), Auditor(shards)
     if findings.segments == 0:
-        return findings.report(0, 0, 0)
+        return findings.report(0, 0, 0), auditor
     snapshots = _snapshots(directory, findings)
-    state, auditor = ledger.Ledger(), Auditor()
     try:
         with JournalReader(directory) as reader:
             for row in reader.follow(GENESIS):
@@ -209,7 +240,7 @@ def _verify_shard(directory: Path, planned_seq: int, progress: _Progress) -> Jou
         + (f"to {over.until_seq}" if over.until_seq else "until now")
         for over in auditor.overcommitments
     ]
-    return findings.report(state.seq, len(state.counters), state.reservations.count)
+    return findings.report(state.seq, len(state.counters), state.reservations.count), auditor
 
 
 def _verify_planner(directory: Path, progress: _Progress) -> tuple[JournalReport, int]:
