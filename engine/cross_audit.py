@@ -72,7 +72,7 @@ class _Join:
             else:
                 self._compare(shard, home, other, part, where)
 
-    def _missing(self, shard: int, home: Home, other: int, number: int, takes: bool, where: str) -> None:  # noqa: FBT001 - one caller
+    def _missing(self, shard: int, home: Home, other: int, number: int, takes: bool, where: str) -> None:
         there = self._auditors[other]
         if not there.knew(number):
             if other < shard:

@@ -5,9 +5,11 @@ For each shard, in this order:
 2. the events: an auditor that shares nothing with the ledger but the events finds each counter within its limit at each
    position, each step of each reservation legal, and lists the times a plan went below what was booked (`engine.audit`);
 3. the state: the ledger, replayed from the first event, comes to the same totals as the auditor;
-4. the snapshots: each loads, and its totals are those of the replay at its position.
-Then the planner: its chain, its events, and that no shard is ahead of it. Then the shards together: every reservation over
-several of them is the same everywhere, or on its way (`engine.cross_audit`).
+4. the snapshots: each loads, and its totals and its part in reservations over several shards are those of the replay at its
+   position.
+Then the planner: its chain, its events, and that no shard is ahead of it. It comes last because a live one goes on: what
+the shards had when they were read, its journal had before. Last the shards together: every reservation over several of them
+is the same everywhere, or on its way (`engine.cross_audit`).
 
 It reads only, so it may run beside a live engine; then it proves what was durable when it looked. Everything it finds is named;
 nothing is skipped and nothing is changed.
@@ -17,6 +19,7 @@ Not promised: that the disk will give the same bytes tomorrow.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -102,12 +105,18 @@ def verify_data_directory(directory: Path, progress: Progress | None = None) -> 
     journals.append(datadir.planning_directory(directory))
     sizes = sum(_size(path) for journal in journals if journal.is_dir() for path in _files(journal))
     told = _Progress(progress, max(1, sizes))
-    planner, planned_seq = _verify_planner(journals[-1], told)
-    found = [_verify_shard(journal, planned_seq, told, metadata.shards) for journal in journals[:-1]]
-    shards = [report for report, _ in found]
-    cross = _verify_cross([auditor for _, auditor in found])
-    is_proven = not any(report.problems for report in (planner, cross, *shards))
-    return Report(is_proven, shards, planner, cross)
+    found = [_verify_shard(journal, told, metadata.shards) for journal in journals[:-1]]
+    planner = _verify_planner(journals[-1], told)
+    for findings, planning_seq, _ in found:
+        if planning_seq > planner.head and not planner.problems:  # else its end was not read, and that is told already
+            findings.problems.append(
+                f"the shard has planning events up to {planning_seq}, the planner only up to {planner.head}: "
+                "the planner's journal has lost its end; restore it"
+            )
+    cross = _verify_cross([auditor for _, _, auditor in found])
+    shards = [findings.report() for findings, _, _ in found]
+    problems = [*cross.problems, *planner.problems, *(problem for report in shards for problem in report.problems)]
+    return Report(not problems, shards, planner, cross)
 
 
 def _verify_cross(auditors: list[Auditor]) -> CrossReport:
@@ -136,6 +145,7 @@ class _Findings:
         self.directory = directory
         self.exceptions: list[str] = []
         self.segments = self.rows = self.events = 0
+        self.head = self.counters = self.reservations = 0
         self.problems: list[str] = []
         try:
             chain = verify_chain(directory)
@@ -145,15 +155,21 @@ class _Findings:
         self.segments, self.rows, self.events = chain.segments, chain.rows, chain.events
         self.problems = [str(problem) for problem in chain.problems]
 
-    def report(self, head: int, counters: int, reservations: int) -> JournalReport:
+    def unaudited(self, seq: int, error: JournalError) -> None:
+        """The events end at `seq` because the journal cannot be read on."""
+        if not self.problems:
+            self.problems.append(str(error))
+        self.problems.append(f"events after {seq} could not be audited")
+
+    def report(self) -> JournalReport:
         return JournalReport(
             self.directory.name,
             self.segments,
             self.rows,
             self.events,
-            head,
-            counters,
-            reservations,
+            self.head,
+            self.counters,
+            self.reservations,
             _bounded(self.problems),
             _bounded(self.exceptions),
         )
@@ -181,26 +197,51 @@ def _totals(counters: CounterTable) -> list[CounterTotals]:
     ]
 
 
-def _snapshots(directory: Path, findings: _Findings) -> dict[int, tuple[str, bytes, list[CounterTotals], int]]:
-    """Name, hash, totals and number of records of each snapshot, by its position."""
+class _Shared(NamedTuple):
+    """What a shard knows of reservations over several shards."""
+
+    parts: dict[int, tuple[ledger.Part, ...]]
+    links: dict[int, ledger.Link]
+    owed: list[int]
+
+
+def _shared(state: ledger.Ledger) -> _Shared:
+    return _Shared(dict(state.parts), dict(state.links), list(state.owed))
+
+
+class _Snapshot(NamedTuple):
+    """What is compared with the replay."""
+
+    name: str
+    hash: bytes
+    totals: list[CounterTotals]
+    reservations: int
+    shared: _Shared
+
+
+def _snapshots(directory: Path, findings: _Findings) -> dict[int, _Snapshot]:
+    """Every snapshot that loads, by its position."""
     found = {}
     for path in newest_first(directory):
         try:
             state, position = load(path)
+        except FileNotFoundError:
+            continue  # a live worker has a newer one and removed it
         except (SnapshotError, OSError) as error:
             findings.problems.append(f"{error}. The journal is whole without it: remove the file")
         else:
-            found[position.seq] = (path.name, position.hash, _totals(state.counters), state.reservations.count)
+            found[position.seq] = _Snapshot(
+                path.name, position.hash, _totals(state.counters), state.reservations.count, _shared(state)
+            )
     return found
 
 
-def _verify_shard(
-    directory: Path, planned_seq: int, progress: _Progress, shards: int
-) -> tuple[JournalReport, Auditor]:
+def _verify_shard(directory: Path, progress: _Progress, shards: int) -> tuple[_Findings, int, Auditor]:
+    """What was found, up to which planning event the shard has everything, and what its auditor came to."""
     findings = _Findings(directory)
     state, auditor = ledger.Ledger(), Auditor(shards)
     if findings.segments == 0:
-        return findings.report(0, 0, 0), auditor
+        return findings, 0, auditor
     snapshots = _snapshots(directory, findings)
     try:
         with JournalReader(directory) as reader:
@@ -208,20 +249,24 @@ def _verify_shard(
                 for event in codec.decode_shard(row):
                     auditor.take(state.seq + 1, row.at_ms, event)
                     ledger.apply(state, event, row.at_ms)
-                snapshot = snapshots.get(row.end.seq)
+                snapshot = snapshots.pop(row.end.seq, None)
                 if snapshot is not None:
-                    name, hash_, totals, records = snapshot
-                    if (hash_, totals, records) != (row.hash, _totals(state.counters), state.reservations.count):
+                    now = _Snapshot(
+                        snapshot.name, row.hash, _totals(state.counters), state.reservations.count, _shared(state)
+                    )
+                    if snapshot != now:
                         findings.problems.append(
-                            f"{name} is not the state at {row.end.seq}: remove it, and report how it came about"
+                            f"{snapshot.name} is not the state at {row.end.seq}: remove it, and report how it came about"
                         )
                 progress.add(len(row.body))
+        findings.problems += [
+            f"{snapshot.name} is of position {seq}, where no row of the journal ends: remove it, and report how it came about"
+            for seq, snapshot in snapshots.items()
+        ]
     except JournalError as error:
-        if not findings.problems:
-            findings.problems.append(str(error))
-        findings.problems.append(f"events after {state.seq} could not be audited")
-    except InvariantError as error:
-        findings.problems.append(f"event {state.seq} cannot follow those before it: {error}")
+        findings.unaudited(state.seq, error)
+    except (InvariantError, Exception) as error:  # noqa: BLE001 - whatever an event leads to is a finding about it
+        findings.problems.append(_cannot_follow(state.seq, error))
     auditor.recount()
     findings.problems += [
         f"event {finding.seq}: {finding.what.value}: {finding.detail}"
@@ -230,20 +275,21 @@ def _verify_shard(
     ]
     if auditor.totals() != _totals(state.counters):
         findings.problems.append("the ledger and the auditor come to different totals")
-    if state.planning_seq > planned_seq:
-        findings.problems.append(
-            f"the shard has planning events up to {state.planning_seq}, the planner only up to {planned_seq}: "
-            "the planner's journal has lost its end; restore it"
-        )
     findings.exceptions += [
         f"{over.counter[0]} {over.counter[1]}: {over.used} used over a limit of {over.limit} from event {over.seq} "
         + (f"to {over.until_seq}" if over.until_seq else "until now")
         for over in auditor.overcommitments
     ]
-    return findings.report(state.seq, len(state.counters), state.reservations.count), auditor
+    findings.head, findings.counters = state.seq, len(state.counters)
+    findings.reservations = state.reservations.count
+    return findings, state.planning_seq, auditor
 
 
-def _verify_planner(directory: Path, progress: _Progress) -> tuple[JournalReport, int]:
+def _cannot_follow(seq: int, error: BaseException) -> str:
+    return f"event {seq} cannot follow those before it: {error if isinstance(error, InvariantError) else repr(error)}"
+
+
+def _verify_planner(directory: Path, progress: _Progress) -> JournalReport:
     findings = _Findings(directory)
     state = catalogue.Catalogue()
     if findings.segments:
@@ -254,10 +300,9 @@ def _verify_planner(directory: Path, progress: _Progress) -> tuple[JournalReport
                         catalogue.apply(state, event, row.at_ms)
                     progress.add(len(row.body))
         except JournalError as error:
-            if not findings.problems:
-                findings.problems.append(str(error))
-            findings.problems.append(f"events after {state.seq} could not be audited")
-        except InvariantError as error:
-            findings.problems.append(f"event {state.seq} cannot follow those before it: {error}")
-    counters = sum(len(slots) for slots in state.versions.values())
-    return findings.report(state.seq, counters, 0), state.seq
+            findings.unaudited(state.seq, error)
+        except (InvariantError, Exception) as error:  # noqa: BLE001 - whatever an event leads to is a finding about it
+            findings.problems.append(_cannot_follow(state.seq, error))
+    findings.head = state.seq
+    findings.counters = sum(len(slots) for slots in state.versions.values())
+    return findings.report()

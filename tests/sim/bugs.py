@@ -1,7 +1,7 @@
 """Bugs to plant, by name: each takes away one rule of the protocol, and the simulation must notice.
 
-The first are mistakes that this protocol invites. The others were made, and found by reading or by a seed: they stay here so that
-they cannot come back unnoticed.
+The first are mistakes that this protocol invites. The others were made, and found by reading or by a seed: they stay here so
+that they cannot come back unnoticed.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.core import commands, events, ledger, outcomes
-from engine.core.columns import HELD
+from engine.core.columns import HELD, RELEASED
 from engine.core.coordinator import Coordinator, Effects, Message
 from engine.core.ledger import Ledger
 from tests.sim.world import Node
@@ -195,7 +195,7 @@ def a_part_not_named_is_released_at_version_0_and_that_is_old(patch: pytest.Monk
         listed = any(part.shard == shard and part.number == part_number for part in state.parts.get(number, ()))
         if listed:
             return message
-        sync = commands.Sync(tx, part_number, number, 0, ledger.RELEASED, 0, [])
+        sync = commands.Sync(tx, part_number, number, 0, RELEASED, 0, [])
         return Message(shard, sync, after_commit=True)
 
     decide = ledger._DECIDE[commands.Sync]

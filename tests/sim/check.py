@@ -3,7 +3,8 @@
 - every answer that names a version of a reservation is what the home's journal says that version was (b);
 - one key makes at most one reservation, all answers to a key name it, a key that was refused for good makes none (c, d);
 - every change in a journal was asked for or is an expiry; what was refused for good never appears (d, e);
-- over all shards: nothing pinned, nothing owed, every part as at home (`engine.cross_audit`), units are the sum of lines (a, e).
+- over all shards: nothing pinned, nothing owed, every part as at home (`engine.cross_audit`), units are the sum of lines (a,
+  e).
 """
 
 from typing import NamedTuple
@@ -150,9 +151,7 @@ def check(world: World, asks: list[Ask]) -> None:
             )
 
 
-def _check_reply(
-    ask: Ask, reply: outcomes.Reply, everything: dict[int, Story], of_key: dict[bytes, list[int]]
-) -> None:
+def _check_reply(ask: Ask, reply: outcomes.Reply, everything: dict[int, Story], of_key: dict[bytes, list[int]]) -> None:
     command = ask.command
     if isinstance(reply, outcomes.Taken):
         require(isinstance(command, commands.Hold), f"{reply} to {command}")

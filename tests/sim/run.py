@@ -9,6 +9,7 @@ import argparse
 import random
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 from engine.core import outcomes
@@ -53,18 +54,19 @@ def simulate(seed: int) -> Result:
     """One run. Raises Violation or InvariantError."""
     draw = random.Random(seed)
     shards = draw.choice((2, 2, 3))
-    world = World(seed, shards, counters=draw.choice((1, 1, 2)), base_max=draw.choice((1, 3, 8)), chances=chances_of(seed))
+    world = World(
+        seed, shards, counters=draw.choice((1, 1, 2)), base_max=draw.choice((1, 3, 8)), chances=chances_of(seed)
+    )
     asks: list[Ask] = []
     customers = draw.randint(8, 30)
-    world_random = world.random
     for name in range(1, customers + 1):
-        world.after(world_random.uniform(0.0, BAD_MS * 0.8), lambda name=name: Customer(world, name, asks))  # type: ignore[misc]  # a default binds the loop's value
+        world.after(world.random.uniform(0.0, BAD_MS * 0.8), partial(_enter, world, name, asks))
     for _ in range(draw.choice((0, 1, 4))):
         victim = world.nodes[draw.randrange(shards)]
         world.after(draw.uniform(0.0, BAD_MS), victim.crash)
     for _ in range(draw.choice((0, 0, 3))):
         slot_id, base = draw.choice(world.slots), draw.randint(0, 4)
-        world.after(draw.uniform(0.0, BAD_MS), lambda slot_id=slot_id, base=base: world.plan(slot_id, base))  # type: ignore[misc]  # as above
+        world.after(draw.uniform(0.0, BAD_MS), partial(world.plan, slot_id, base))
     world.run(BAD_MS)
     world.chances = HEALED
     world.run(BAD_MS + HEAL_MS)
@@ -82,6 +84,10 @@ def simulate(seed: int) -> Result:
     )
 
 
+def _enter(world: World, name: int, asks: list[Ask]) -> None:
+    Customer(world, name, asks)
+
+
 def _check_alive(world: World) -> None:
     """After everything has healed an order over two shards is taken, at the first try."""
     by_shard = {shard_of_counter(POOL, slot_id, world.shards): slot_id for slot_id in world.slots}
@@ -93,7 +99,9 @@ def _check_alive(world: World) -> None:
     Customer(world, 1_000_000, asks, slots=chosen)
     world.run(world.now_ms + LAST_MS)
     first = asks[0].replies
-    require(len(first) >= 1 and isinstance(first[0], outcomes.Taken), f"no order is taken after all has healed: {first}")
+    require(
+        len(first) >= 1 and isinstance(first[0], outcomes.Taken), f"no order is taken after all has healed: {first}"
+    )
 
 
 def run(seed: int, runs: int) -> Result:

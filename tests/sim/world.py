@@ -37,7 +37,7 @@ RESTART_MS = (5.0, 900.0)
 CLOCK_STEP_MS_MAX = 40
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818 - named for what it is
     """A promise was broken. The text says which."""
 
 
@@ -280,9 +280,7 @@ class Node:
 
     def _handle(self, request: Request) -> None:
         if self.coordinator.concerns(self.ledger, request.command):
-            self._follow(
-                self.coordinator.submit(self.ledger, request, self.open_at_ms, RULES, self.monotonic_ms())
-            )
+            self._follow(self.coordinator.submit(self.ledger, request, self.open_at_ms, RULES, self.monotonic_ms()))
         elif isinstance(request.command, commands.Doubt):
             self._follow(self.coordinator.doubt(self.ledger, request.command))
             self.replies.append((request.waiter, outcomes.Planned(self.ledger.seq, self.ledger.planning_seq)))
@@ -461,4 +459,6 @@ class Node:
                 or part.status not in (HELD, CONFIRMED, FULFILLED)
                 or any(part.lines.get(name, 0) < units for name, units in lines.items())
             ):
-                raise Violation(f"{number} was decided on shard {self.shard} with {lines} of shard {shard}, where {part}")
+                raise Violation(
+                    f"{number} was decided on shard {self.shard} with {lines} of shard {shard}, where {part}"
+                )
