@@ -422,10 +422,6 @@ class LinesNotHeld(Refused):
     """A partial confirm asked for more than is held."""
 
 
-class LinesOnDifferentShards(Refused):
-    """The server, in its first version, takes all lines of one reservation from one shard."""
-
-
 class IdempotencyKeyReused(Refused):
     """The key came before with another body."""
 
@@ -485,7 +481,6 @@ CLASS_OF_CODE: Mapping[str, type[SlotkeeperError]] = {
     "already_released": AlreadyReleased,
     "already_fulfilled": AlreadyFulfilled,
     "lines_not_held": LinesNotHeld,
-    "lines_on_different_shards": LinesOnDifferentShards,
     "idempotency_key_reused": IdempotencyKeyReused,
     "unknown_pool": UnknownPool,
     "unknown_slot": UnknownSlot,
@@ -1457,7 +1452,7 @@ class Client:
     ) -> Reservation:
         """Take units of one or several counters for a time, all or nothing.
 
-        Raises InsufficientCapacity, SlotClosed, PastCutoff, UnknownPool, UnknownSlot, LinesOnDifferentShards.
+        Raises InsufficientCapacity, SlotClosed, PastCutoff, UnknownPool, UnknownSlot.
         """
         return self._run(_taking(lines, order_ref, channel, ttl_seconds, key))
 

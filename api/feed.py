@@ -17,6 +17,7 @@ from api import views
 from api.overview import Overview
 from engine import codec
 from engine.core import events
+from engine.core.columns import STATUS_WORDS
 from engine.core.sharding import counter_hash, position_text, reservation_id, reservation_number
 from engine.datadir import shard_directory
 from engine.journal.tail import JournalReader
@@ -125,6 +126,13 @@ def _data(found: FeedEvent, overview: Overview) -> views.Json:
     def lines(units: list[tuple[int, int]]) -> list[views.Json]:
         return [{**_counter(overview, shard, number), "quantity": quantity} for number, quantity in units]
 
+    def parts(elsewhere: list[events.PartUnits]) -> list[views.Json]:
+        return [
+            {"pool_id": pool_id, "slot_id": slot_id, "quantity": quantity}
+            for _, _, named in elsewhere
+            for pool_id, slot_id, quantity in named
+        ]
+
     match event:
         case events.Held() | events.ConfirmedAtOnce():
             named = lines(event.lines)
@@ -136,13 +144,14 @@ def _data(found: FeedEvent, overview: Overview) -> views.Json:
                 "channel": event.channel,
                 "lines": named,
             }
+            data["lines"] += parts(event.parts)
             if isinstance(event, events.Held):
                 data["expires_at"] = views.instant(event.expires_at_ms)
             return data
         case events.Confirmed():
             data = {"reservation_id": reservation_id(event.number), "late": event.late}
-            if event.kept is not None:
-                data["lines"] = lines(event.kept)
+            if event.kept is not None or event.parts is not None:
+                data["lines"] = lines(event.kept or []) + parts(event.parts or [])
             return data
         case events.Released():
             return {"reservation_id": reservation_id(event.number), "reason": event.reason}
@@ -152,7 +161,10 @@ def _data(found: FeedEvent, overview: Overview) -> views.Json:
                 "expires_at": views.instant(event.expires_at_ms),
             }
         case events.Moved():
-            return {"reservation_id": reservation_id(event.number), "lines": lines(event.lines)}
+            return {
+                "reservation_id": reservation_id(event.number),
+                "lines": lines(event.lines) + parts(event.parts or []),
+            }
         case events.Fulfilled():
             return {"reservation_id": reservation_id(event.number)}
         case events.Expired():
@@ -162,6 +174,17 @@ def _data(found: FeedEvent, overview: Overview) -> views.Json:
                     for number, at_ms in zip(event.numbers, event.expired_at_ms, strict=True)
                 ]
             }
+        case events.PartPrepared():
+            return {"home_shard": event.home_shard, "attempt": event.tx, "lines": lines(event.lines)}
+        case events.PartSynced():
+            return {
+                "reservation_id": reservation_id(event.number) if event.number else None,
+                "version": event.version,
+                "status": STATUS_WORDS[event.status],
+                "lines": lines(event.lines),
+            }
+        case events.PartsSettled():
+            return {"reservation_id": reservation_id(event.number), "version": event.version}
         case events.Refused():
             return {
                 "reason": event.reason,

@@ -45,11 +45,6 @@ CODES: dict[str, Code] = {
     "lines_not_held": Code(
         409, "A partial confirm can keep what is held or less", "Send lines within those of the hold, or use move."
     ),
-    "lines_on_different_shards": Code(
-        422,
-        "The lines belong to different shards",
-        "This version takes all lines of one reservation from one shard. Make one reservation for each line.",
-    ),
     "idempotency_key_reused": Code(
         422, "The Idempotency-Key came before with another body", "Send a new key for a new request."
     ),
@@ -93,7 +88,6 @@ CODE_OF_OUTCOME: dict[Outcome, str] = {
             Outcome.ALREADY_RELEASED,
             Outcome.ALREADY_FULFILLED,
             Outcome.LINES_NOT_HELD,
-            Outcome.LINES_ON_DIFFERENT_SHARDS,
             Outcome.IDEMPOTENCY_KEY_REUSED,
             Outcome.UNKNOWN_POOL,
             Outcome.UNKNOWN_SLOT,
@@ -108,6 +102,7 @@ CODE_OF_OUTCOME: dict[Outcome, str] = {
     Outcome.DEADLINE_PASSED: "shard_unavailable",
     Outcome.SHARD_FULL: "shard_unavailable",
     Outcome.READ_ONLY: "shard_unavailable",
+    Outcome.PARTICIPANT_SILENT: "shard_unavailable",
 }
 
 _retry_after_s = itertools.cycle((b"1", b"2", b"3"))

@@ -18,7 +18,13 @@ from engine.core import commands, outcomes
 from engine.core.columns import CONFIRMED, HELD
 from engine.core.limits import IDEMPOTENCY_KEY_CHARS_MAX
 from engine.core.outcomes import Outcome
-from engine.core.sharding import counter_hash, parse_reservation_id, position_text, reservation_id, shard_of_number
+from engine.core.sharding import (
+    parse_reservation_id,
+    position_text,
+    reservation_id,
+    shard_of_counter,
+    shard_of_number,
+)
 
 _reservation = msgspec.json.Decoder(messages.ReservationRequest)
 _confirm = msgspec.json.Decoder(messages.ConfirmRequest)
@@ -64,14 +70,22 @@ def _merged(lines: list[messages.Line]) -> dict[tuple[str, str], int]:
     return units
 
 
-def _shard_of(app: App, lines: dict[tuple[str, str], int]) -> int:
-    """The one shard of all lines. Raises Refusal."""
+def _home_of(app: App, lines: dict[tuple[str, str], int]) -> int:
+    """The shard of the first line, which decides for all. Raises Refusal."""
     if len(lines) > app.config.reservations.lines_max:
         raise refuse("invalid_request", f"lines: at most {app.config.reservations.lines_max} counters")
-    shards = {counter_hash(pool_id, slot_id) % len(app.shards) for pool_id, slot_id in lines}
-    if len(shards) > 1:
-        raise refuse("lines_on_different_shards")
-    return shards.pop()
+    pool_id, slot_id = next(iter(lines))
+    return shard_of_counter(pool_id, slot_id, len(app.shards))
+
+
+def _by_shard(app: App, lines: dict[tuple[str, str], int]) -> list[tuple[str, str, int]]:
+    """The lines in the order in which a reservation keeps them: those of its home first."""
+    named = [(pool_id, slot_id, quantity) for (pool_id, slot_id), quantity in lines.items()]
+    if len(named) == 1:
+        return named
+    shards = [shard_of_counter(pool_id, slot_id, len(app.shards)) for pool_id, slot_id, _ in named]
+    first = {shard: place for place, shard in reversed(list(enumerate(shards)))}
+    return [line for _, line in sorted(zip(shards, named, strict=True), key=lambda pair: first[pair[0]])]
 
 
 def _command_lines(lines: dict[tuple[str, str], int]) -> list[commands.Line]:
@@ -96,7 +110,7 @@ async def create(app: App, request: Request, parameters: Parameters) -> Response
         )
     asked = body(request, _reservation)
     lines = _merged(asked.lines)
-    shard = _shard_of(app, lines)
+    shard = _home_of(app, lines)
     command = commands.Hold(
         _command_lines(lines),
         commands.NO_TTL if asked.ttl_seconds is None else _ttl_ms(app, asked.ttl_seconds),
@@ -114,7 +128,7 @@ async def create(app: App, request: Request, parameters: Parameters) -> Response
         HELD if reply.expires_at_ms else CONFIRMED,
         order_ref=asked.order_ref,
         channel=asked.channel,
-        lines=[(pool_id, slot_id, quantity) for (pool_id, slot_id), quantity in lines.items()],
+        lines=_by_shard(app, lines),
         expires_at_ms=reply.expires_at_ms,
         created_at_ms=reply.at_ms,
         changed_at_ms=reply.at_ms,
@@ -178,8 +192,7 @@ async def move(app: App, request: Request, parameters: Parameters) -> Response:
     number = _number(parameters)
     asked = body(request, _move)
     lines = _merged(asked.lines)
-    if _shard_of(app, lines) != shard_of_number(number, len(app.shards)):
-        raise refuse("lines_on_different_shards", "The new lines belong to another shard than the reservation.")
+    _home_of(app, lines)
     command = commands.Move(number, _action(request, "move", asked), _command_lines(lines))
     return await _ask(app, number, command, asked.lines)
 

@@ -8,7 +8,7 @@ from api.openapi import IF_MATCH, KEY
 
 _LINES = [{"pool_id": "van-north", "slot_id": "2026-12-01T18:00-20:00", "quantity": 1}]
 _SHARD = ("shard_unavailable", "outcome_unknown")
-_LINE_CODES = ("unknown_pool", "unknown_slot", "lines_on_different_shards")
+_LINE_CODES = ("unknown_pool", "unknown_slot")
 _NO_ROOM = ("insufficient_capacity", "slot_closed", "past_cutoff")
 
 

@@ -40,7 +40,6 @@ async def _open(context: ChildContext, config: Config, *, planner: bool) -> Sqli
 
 async def run_worker(context: ChildContext, metadata: Metadata, config: Config) -> None:
     """Be the worker of shard `context.arguments.index`."""
-    del metadata
     arguments = context.arguments
     directory = shard_directory(arguments.data, arguments.index)
     clock = SystemClock()
@@ -69,6 +68,12 @@ async def run_worker(context: ChildContext, metadata: Metadata, config: Config) 
         ),
         directory=directory,
         snapshot_seq=recovered.from_seq,
+        shard=arguments.index,
+        peers={
+            shard: arguments.runtime / f"worker-{shard:02d}.sock"
+            for shard in range(metadata.shards)
+            if shard != arguments.index
+        },
     )
     worker.start_term(journal.epoch, journal.restart)
     worker.publish_all()

@@ -11,6 +11,11 @@ What it proves
 - holds expire at their own time, not before it, and before anything else is decided at or after it;
 - a refusal had a cause;
 - terms, plans, positions rise and time does not go back;
+- parts of reservations whose home is another shard take units as everything does: they are prepared within the limits, never
+  for an attempt that is over, give nothing up while they are pinned, do not expire then, and what their home says of them
+  never goes back and never takes what was not prepared;
+- at home, each step names every part there was, and what is settled is the last version.
+  That the shards agree about a part is proven over all of them by `engine.cross_audit`;
 - `recount`: units of a counter are the sum of the lines of its reservations, by status. This one reads every live
   reservation, so it is asked for at a position and not repeated at each.
 
@@ -24,17 +29,17 @@ that a retried refusal was counted once (the keys of refusals are not kept for e
 import heapq
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import msgspec
 
 from engine.core import events
-from engine.core.sharding import counter_hash, reservation_number
+from engine.core.sharding import HASH_BITS, counter_hash, reservation_number
 
 HELD, CONFIRMED, FULFILLED, RELEASED, EXPIRED = range(5)
-"""Status of a record. The first three take units and index `_Counter.units`."""
+"""Status of a record. The first three take units and index `_Counter.units`. In the journal they are numbered from 1."""
 
 STATUS_WORDS = ("held", "confirmed", "fulfilled", "released", "expired")
 
@@ -89,6 +94,14 @@ class Rule(StrEnum):
     EXPIRED_AT_ANOTHER_TIME = "expired_at_another_time"
     HOLD_OVERDUE = "hold_overdue"
     REFUSED_WITHOUT_CAUSE = "refused_without_cause"
+    PREPARED_TOO_LATE = "prepared_too_late"
+    PART_GAVE_UP_UNITS = "part_gave_up_units"
+    PART_TOOK_UNPREPARED = "part_took_unprepared"
+    PART_WENT_BACK = "part_went_back"
+    PART_OF_ANOTHER = "part_of_another"
+    EXPIRED_WHILE_PINNED = "expired_while_pinned"
+    PART_LEFT_OUT = "part_left_out"
+    SETTLED_ANOTHER_VERSION = "settled_another_version"
 
 
 class Finding(NamedTuple):
@@ -137,6 +150,35 @@ class Statistics(NamedTuple):
     """Rules broken, those beyond FINDINGS_MAX included."""
     overcommitments: int
     """Times a plan went below what was booked."""
+    refused_beside_attempts: int = 0
+    """Refusals whose units were free in the journal: attempts over several shards, which leave no trace, wanted them."""
+
+
+class Part(NamedTuple):
+    """A part of a reservation whose home is another shard, as this shard's events leave it."""
+
+    number: int
+    home_shard: int
+    reservation: int
+    """Its number at home; 0 while its home has not said that it exists."""
+    version: int
+    """The reservation's version that it has taken over."""
+    is_pinned: bool
+    status: int
+    lines: dict[CounterName, int]
+
+
+class Home(NamedTuple):
+    """A reservation at home here with parts on other shards."""
+
+    number: int
+    status: int
+    version: int
+    expires_at_ms: int
+    is_owed: bool
+    """Not all other shards have taken over its last version."""
+    parts: dict[int, tuple[int, dict[CounterName, int]]]
+    """Number and lines by shard. No lines: to be given up."""
 
 
 class _Counter:
@@ -182,12 +224,30 @@ class _Record(msgspec.Struct, gc=False):
     expires_at_ms: int
     changed_at_ms: int
     key: bytes
+    version: int = 1
+
+
+class _Link(msgspec.Struct, gc=False):
+    """What makes a record a part."""
+
+    home_shard: int
+    tx: int
+    reservation: int
+    version: int
+    is_pinned: bool
 
 
 class Auditor:
     """Folds the events of one shard, from the first on, and remembers every rule one of them broke."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: int = 1) -> None:
+        self._shards = shards
+        self._links: dict[int, _Link] = {}
+        self._elsewhere: dict[int, dict[int, tuple[int, dict[CounterName, int]]]] = {}
+        self._owed: set[int] = set()
+        self._left: set[int] = set()
+        """Parts and reservations with parts that have been forgotten while they took units: for slots long past."""
+        self._refused_beside_attempts = 0
         self.findings: list[Finding] = []
         self.overcommitments: list[Overcommitment] = []
         self._findings_count = 0
@@ -215,6 +275,9 @@ class Auditor:
             events.Moved: self._moved,
             events.Fulfilled: self._fulfilled,
             events.Expired: self._expired,
+            events.PartPrepared: self._part_prepared,
+            events.PartSynced: self._part_synced,
+            events.PartsSettled: self._parts_settled,
             events.Refused: self._refused,
             events.PoolDefined: self._pool_defined,
             events.CountersDefined: self._counters_defined,
@@ -266,8 +329,60 @@ class Auditor:
     def statistics(self) -> Statistics:
         """How much has been audited, and with what result."""
         return Statistics(
-            self._seq, len(self._counters), len(self._records), self._findings_count, len(self.overcommitments)
+            self._seq,
+            len(self._counters),
+            len(self._records),
+            self._findings_count,
+            len(self.overcommitments),
+            self._refused_beside_attempts,
         )
+
+    @property
+    def at_ms(self) -> int:
+        """The time of the last event."""
+        return self._at_ms
+
+    def parts(self) -> Iterator[Part]:
+        """Every part here that is not forgotten."""
+        for number in self._links:
+            part = self.part(number)
+            if part is not None:
+                yield part
+
+    def part(self, number: int) -> Part | None:
+        """One of `parts`."""
+        link, record = self._links.get(number), self._records.get(number)
+        if link is None or record is None:
+            return None
+        lines = {self._counters[row].name: units for row, units in record.lines}
+        return Part(number, link.home_shard, link.reservation, link.version, link.is_pinned, record.status, lines)
+
+    def homes(self) -> Iterator[Home]:
+        """Every reservation at home here that has parts and is not forgotten."""
+        for number in self._elsewhere:
+            home = self.home(number)
+            if home is not None:
+                yield home
+
+    def home(self, number: int) -> Home | None:
+        """A reservation at home here, with its parts, if it has any."""
+        record = self._records.get(number)
+        if record is None or number in self._links:
+            return None
+        parts = self._elsewhere.get(number, {})
+        return Home(number, record.status, record.version, record.expires_at_ms, number in self._owed, parts)
+
+    def newest(self) -> int:
+        """The number of the record made last. 0: none."""
+        return self._numbers[-1] if self._numbers else 0
+
+    def knew(self, number: int) -> bool:
+        """Whether the record with this number could have been made here by now, and may have been forgotten since."""
+        return number >> HASH_BITS <= self._seq
+
+    def has_left(self, number: int) -> bool:
+        """Whether a part, or a reservation with parts, was forgotten while it took units."""
+        return number in self._left
 
     # --- findings -----------------------------------------------------------------------------------------------------
 
@@ -292,6 +407,9 @@ class Auditor:
             entry = heapq.heappop(due)
             expires_at_ms, number = entry >> _NUMBER_BITS, entry & (1 << _NUMBER_BITS) - 1
             record = self._records.get(number)
+            link = self._links.get(number)
+            if link is not None and link.is_pinned:
+                continue
             if record is not None and record.status == HELD and record.expires_at_ms == expires_at_ms:
                 detail = f"a decision at {self._at_ms} ms, but this hold was due at {expires_at_ms} ms"
                 self._find(Rule.HOLD_OVERDUE, detail, number=number)
@@ -299,14 +417,16 @@ class Auditor:
 
     # --- counters -----------------------------------------------------------------------------------------------------
 
-    def _lines(self, lines: list[events.CounterUnits], number: int | None) -> Lines | None:
+    def _lines(
+        self, lines: list[events.CounterUnits], number: int | None, *, may_be_none: bool = False
+    ) -> Lines | None:
         """The lines, or None and a finding where they name no counter, a counter twice, or no units."""
         known = len(self._counters)
         for row, units in lines:
             if not 0 <= row < known or units <= 0:
                 self._find(Rule.EVENT_MALFORMED, f"{units} units of counter row {row} of {known}", number=number)
                 return None
-        if not lines or (len(lines) > 1 and len(dict(lines)) < len(lines)):
+        if (not lines and not may_be_none) or (len(lines) > 1 and len(dict(lines)) < len(lines)):
             self._find(Rule.EVENT_MALFORMED, f"no lines, or a counter twice: {lines}", number=number)
             return None
         return tuple(lines)
@@ -361,8 +481,14 @@ class Auditor:
         if to is None:
             self._find(Rule.STEP_ILLEGAL, f"{verb} of what is {STATUS_WORDS[was]}", number=number)
             return None
+        if self._links and number in self._links and verb != "expire":
+            self._find(Rule.STEP_ILLEGAL, f"{verb} of a part, which follows its home", number=number)
+            return None
         record.status = to
         record.changed_at_ms = self._at_ms
+        record.version += 1
+        if self._elsewhere and number in self._elsewhere:
+            self._owed.add(number)
         return record, was
 
     def _make(self, event: events.Held | events.ConfirmedAtOnce, status: int, expires_at_ms: int) -> None:
@@ -380,6 +506,8 @@ class Auditor:
         self._keys.add(key)
         self._records[number] = _Record(status, lines, expires_at_ms, self._at_ms, key)
         self._numbers.append(number)
+        if event.parts:
+            self._set_parts(number, event.parts)
         self._take_units(lines, status, number)
         if status == HELD:
             self._await_expiry(number, expires_at_ms)
@@ -397,7 +525,7 @@ class Auditor:
     def _confirmed(self, event: events.Confirmed) -> None:
         kept = None
         if event.kept is not None:
-            kept = self._lines(event.kept, event.number)
+            kept = self._lines(event.kept, event.number, may_be_none=_takes_any(event.parts))
             if kept is None:
                 return
         step = self._step(event.number, "confirm late" if event.late else "confirm")
@@ -405,6 +533,9 @@ class Auditor:
             return
         record, _ = step
         had = dict(record.lines)
+        if event.parts is not None:
+            self._check_kept_elsewhere(event.number, event.parts)
+            self._set_parts(event.number, event.parts)
         if kept is not None:
             if any(units > had.get(row, 0) for row, units in kept):
                 detail = f"kept {kept} of {record.lines}"
@@ -438,22 +569,28 @@ class Auditor:
 
     def _moved(self, event: events.Moved) -> None:
         """Only what rises is taken: the units a reservation has count as its own."""
-        lines = self._lines(event.lines, event.number)
+        lines = self._lines(event.lines, event.number, may_be_none=_takes_any(event.parts))
         if lines is None:
             return
         step = self._step(event.number, "move")
         if step is None:
             return
         record, status = step
+        if event.parts is not None:
+            self._set_parts(event.number, event.parts)
+        self._exchange(record, lines, status, event.number)
+
+    def _exchange(self, record: _Record, lines: Lines, status: int, number: int) -> None:
+        """Take other lines: what rises is taken, what falls is given back."""
         rest = dict(record.lines)
         record.lines = lines
         for row, units in lines:
             more = units - rest.pop(row, 0)
             if more > 0:
-                self._take_units(((row, more),), status, event.number)
+                self._take_units(((row, more),), status, number)
             elif more < 0:
-                self._give_back_of(self._counters[row], -more, status, event.number)
-        self._give_back(tuple(rest.items()), status, event.number)
+                self._give_back_of(self._counters[row], -more, status, number)
+        self._give_back(tuple(rest.items()), status, number)
 
     def _fulfilled(self, event: events.Fulfilled) -> None:
         step = self._step(event.number, "fulfil")
@@ -478,6 +615,8 @@ class Auditor:
             if self._at_ms < expired_at_ms:
                 detail = f"at {self._at_ms} ms, due at {expired_at_ms} ms"
                 self._find(Rule.EXPIRED_TOO_EARLY, detail, number=number)
+            if self._links and number in self._links and self._links[number].is_pinned:
+                self._find(Rule.EXPIRED_WHILE_PINNED, "its home has not said what became of it", number=number)
             self._give_back(record.lines, HELD, number)
 
     def _refused(self, event: events.Refused) -> None:
@@ -494,11 +633,111 @@ class Auditor:
             "past_cutoff": self._at_ms >= counter.cutoff_at_ms,
             "insufficient_capacity": asked > room,
         }
-        if not cause.get(event.reason, False):
+        available = event.counters[0][2]
+        if event.reason == "insufficient_capacity" and self._shards > 1 and available < asked <= room:
+            self._refused_beside_attempts += 1
+        elif not cause.get(event.reason, False):
             detail = f"{event.reason}, but {asked} units asked of {room}, closed {counter.closed}"
             self._find(Rule.REFUSED_WITHOUT_CAUSE, detail, counter=counter)
         for row, asked, _ in event.counters:
             self._counters[row].refused += asked
+
+    # --- over several shards ------------------------------------------------------------------------------------------
+
+    def _set_parts(self, number: int, parts: list[events.PartUnits]) -> None:
+        """At home: what a reservation takes elsewhere from now on."""
+        named = {shard: (part_number, _by_name(lines)) for shard, part_number, lines in parts}
+        if len(named) < len(parts) or any(part_number <= 0 for part_number, _ in named.values()):
+            self._find(Rule.EVENT_MALFORMED, f"a shard twice, or a part without a number: {parts}", number=number)
+        for shard, (part_number, _) in self._elsewhere.get(number, {}).items():
+            if named.get(shard, (0,))[0] != part_number:
+                detail = f"part {part_number} on shard {shard} is neither kept nor given up"
+                self._find(Rule.PART_LEFT_OUT, detail, number=number)
+        self._elsewhere[number] = named
+        self._owed.add(number)
+
+    def _check_kept_elsewhere(self, number: int, parts: list[events.PartUnits]) -> None:
+        had = self._elsewhere.get(number, {})
+        for shard, _, lines in parts:
+            there = had.get(shard, (0, {}))[1]
+            if any(units > there.get(name, 0) for name, units in _by_name(lines).items()):
+                detail = f"kept {lines} of {there} on shard {shard}"
+                self._find(Rule.KEPT_MORE_THAN_HELD, detail, number=number)
+
+    def _part_prepared(self, event: events.PartPrepared) -> None:
+        lines = self._lines(event.lines, event.part_number or None)
+        if lines is None:
+            return
+        number = event.part_number
+        if not number:
+            number = reservation_number(self._seq, self._counters[lines[0][0]].hashed)
+            self._records[number] = _Record(HELD, (), 0, self._at_ms, b"")
+            self._links[number] = _Link(event.home_shard, event.tx, event.number, 0, is_pinned=True)
+            self._numbers.append(number)
+        record, link = self._records.get(number), self._links.get(number)
+        if record is None or link is None:
+            self._find(Rule.UNKNOWN_RESERVATION, "prepared: never made, no part, or forgotten", number=number)
+            return
+        if event.home_shard != link.home_shard or link.reservation not in (0, event.number):
+            detail = (
+                f"of {link.reservation} on shard {link.home_shard}, prepared for {event.number} on {event.home_shard}"
+            )
+            self._find(Rule.PART_OF_ANOTHER, detail, number=number)
+        if 0 < (link.tx - event.tx) % 2**63 < 2**62 or event.version < link.version or record.status == FULFILLED:
+            detail = f"attempt {event.tx} after {link.tx}, version {event.version} after {link.version}"
+            self._find(Rule.PREPARED_TOO_LATE, detail, number=number)
+        link.tx, link.reservation, link.is_pinned = event.tx, event.number, True
+        if record.status in (RELEASED, EXPIRED):
+            record.status, record.lines = HELD, ()
+        now = dict(lines)
+        if any(units > now.get(row, 0) for row, units in record.lines):
+            self._find(Rule.PART_GAVE_UP_UNITS, f"{record.lines} before, {lines} prepared", number=number)
+        record.changed_at_ms = self._at_ms
+        self._exchange(record, lines, record.status, number)
+
+    def _part_synced(self, event: events.PartSynced) -> None:
+        number = event.part_number
+        record, link = self._records.get(number), self._links.get(number)
+        lines = self._lines(event.lines, number, may_be_none=True)
+        to = event.status - 1
+        if record is None or link is None or lines is None or not HELD <= to <= EXPIRED:
+            if lines is not None:
+                detail = f"synced: never made, no part, or forgotten; status {event.status}"
+                self._find(Rule.UNKNOWN_RESERVATION, detail, number=number)
+            return
+        if event.version < link.version or (event.version == link.version and not link.is_pinned):
+            self._find(Rule.PART_WENT_BACK, f"version {event.version} after {link.version}", number=number)
+        if link.reservation not in (0, event.number):
+            self._find(Rule.PART_OF_ANOTHER, f"of {link.reservation}, synced with {event.number}", number=number)
+        link.version, link.reservation, link.is_pinned = event.version, event.number, False
+        had = dict(record.lines) if record.status <= FULFILLED else {}
+        if to <= FULFILLED and any(units > had.get(row, 0) for row, units in lines):
+            self._find(Rule.PART_TOOK_UNPREPARED, f"{had} before, {lines} synced", number=number)
+        if to <= FULFILLED:
+            for row, units in lines:
+                counter = self._counters[row]
+                counter.units[to] += units
+                if units > had.get(row, 0) and sum(counter.units) - had.get(row, 0) > counter.limit:
+                    detail = f"{units} units synced: used {sum(counter.units) - had.get(row, 0)}, limit {counter.limit}"
+                    self._find(Rule.LIMIT_PASSED, detail, counter=counter, number=number)
+        if record.status <= FULFILLED:
+            self._give_back(record.lines, record.status, number)
+        record.status, record.lines, record.expires_at_ms = to, lines, event.expires_at_ms
+        record.changed_at_ms = self._at_ms
+        if to == HELD:
+            self._await_expiry(number, event.expires_at_ms)
+
+    def _parts_settled(self, event: events.PartsSettled) -> None:
+        record = self._records.get(event.number)
+        if record is None or event.number not in self._owed or record.version != event.version:
+            version = None if record is None else record.version
+            owed = "owed" if event.number in self._owed else "not owed"
+            detail = f"version {event.version} settled, the last is {version}, {owed}"
+            self._find(Rule.SETTLED_ANOTHER_VERSION, detail, number=event.number)
+        self._owed.discard(event.number)
+        parts = {shard: part for shard, part in self._elsewhere.pop(event.number, {}).items() if part[1]}
+        if parts:
+            self._elsewhere[event.number] = parts
 
     # --- plans, terms, upkeep -----------------------------------------------------------------------------------------
 
@@ -558,10 +797,12 @@ class Auditor:
         start = bisect_left(self._numbers, event.first)
         for number in self._numbers[start : bisect_right(self._numbers, event.last)]:
             record = self._records.get(number)
-            if record is None:
+            if record is None or number in self._owed or not self._may_leave(number):
                 continue
             if record.status >= FULFILLED:
                 leaves = record.changed_at_ms < event.before_ms
+            elif not record.lines:
+                leaves = False
             else:
                 ends_at_ms = self._counters[record.lines[0][0]].ends_at_ms
                 leaves = record.status == CONFIRMED and ends_at_ms < event.before_ms
@@ -569,8 +810,25 @@ class Auditor:
                 continue
             del self._records[number]
             self._keys.discard(record.key)
+            is_shared = self._links.pop(number, None) is not None
+            is_shared |= self._elsewhere.pop(number, None) is not None
+            if is_shared and record.status <= FULFILLED:
+                self._left.add(number)
             if record.status <= FULFILLED:
                 for row, units in record.lines:
                     self._counters[row].left[record.status] += units
         if len(self._numbers) > 2 * len(self._records):
             self._numbers = array("q", self._records)
+
+    def _may_leave(self, number: int) -> bool:
+        link = self._links.get(number)
+        return link is None or not link.is_pinned
+
+
+def _by_name(lines: list[events.NamedUnits]) -> dict[CounterName, int]:
+    return {(pool_id, slot_id): units for pool_id, slot_id, units in lines}
+
+
+def _takes_any(parts: list[events.PartUnits] | None) -> bool:
+    """Whether a reservation takes something elsewhere, so that it may take nothing here."""
+    return parts is not None and any(lines for _, _, lines in parts)

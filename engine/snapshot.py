@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from engine.core.columns import COUNTER_FIELDS, GONE, HELD, Block, Chunk
-from engine.core.ledger import Ledger, Pool
+from engine.core.ledger import Ledger, Link, Part, Pool
 from engine.core.slots import Cutoff
 from engine.ports import Position
 
@@ -47,6 +47,9 @@ class _Head(msgspec.Struct, array_like=True):
     pools: dict[str, tuple[int, str, Cutoff | None]]
     refused_keys: list[str]
     long_lines: dict[int, list[tuple[int, int]]]
+    parts: dict[int, tuple[Part, ...]]
+    links: dict[int, Link]
+    owed: list[int]
     counters: int
     blocks: int
 
@@ -81,6 +84,9 @@ class Frozen:
             {pool_id: (pool.code, pool.time_zone, pool.cutoff) for pool_id, pool in ledger.pools.items()},
             list(ledger.refused_keys),
             {number: list(lines) for number, lines in ledger.reservations.long_lines.items()},
+            dict(ledger.parts),
+            dict(ledger.links),
+            list(ledger.owed),
             len(ledger.counters),
             len(ledger.reservations.chunks()),
         )
@@ -210,6 +216,10 @@ def _ledger_of(head: _Head, parts: list[_Counters], blocks: list[Block]) -> Ledg
     )
     ledger.reservations.load(blocks)
     ledger.reservations.long_lines = {number: tuple(lines) for number, lines in head.long_lines.items()}
+    ledger.parts = head.parts
+    ledger.links = head.links
+    ledger.pinned = {number: None for number, link in head.links.items() if link.is_pinned}
+    ledger.owed = dict.fromkeys(head.owed)
     _index(ledger, ledger.reservations.chunks())
     return ledger
 

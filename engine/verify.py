@@ -5,9 +5,11 @@ For each shard, in this order:
 2. the events: an auditor that shares nothing with the ledger but the events finds each counter within its limit at each
    position, each step of each reservation legal, and lists the times a plan went below what was booked (`engine.audit`);
 3. the state: the ledger, replayed from the first event, comes to the same totals as the auditor;
-4. the snapshots: each loads, and its totals are those of the replay at its position.
+4. the snapshots: each loads, and its totals and its part in reservations over several shards are those of the replay at its
+   position.
 Then the planner: its chain, its events, and that no shard is ahead of it. It comes last because a live one goes on: what
-the shards had when they were read, its journal had before.
+the shards had when they were read, its journal had before. Last the shards together: every reservation over several of them
+is the same everywhere, or on its way (`engine.cross_audit`).
 
 It reads only, so it may run beside a live engine; then it proves what was durable when it looked. Everything it finds is named;
 nothing is skipped and nothing is changed.
@@ -17,6 +19,7 @@ Not promised: that the disk will give the same bytes tomorrow.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +28,7 @@ from engine.audit import Auditor, CounterTotals
 from engine.core import catalogue, ledger
 from engine.core.columns import CounterTable
 from engine.core.invariant import InvariantError
+from engine.cross_audit import cross_audit
 from engine.journal.segments import list_segments, wal_of
 from engine.journal.tail import JournalReader
 from engine.journal.verify import verify_chain
@@ -56,6 +60,22 @@ class JournalReport(msgspec.Struct, frozen=True):
     """Recorded and legal: the times a counter was overcommitted by a plan."""
 
 
+class CrossReport(msgspec.Struct, frozen=True):
+    """What was found between the shards."""
+
+    reservations: int
+    """Reservations over several shards that are not forgotten."""
+    parts: int
+    """Their parts on other shards."""
+    owed: int
+    """In flight: reservations whose last change is not yet known everywhere."""
+    pinned: int
+    """In flight: parts whose home has not said what became of them."""
+    moving: int
+    """In flight: differences that came about between the reading of two journals of a running engine."""
+    problems: list[str]
+
+
 class Report(msgspec.Struct, frozen=True):
     """What was found in a data directory."""
 
@@ -63,6 +83,7 @@ class Report(msgspec.Struct, frozen=True):
     """Everything is proven."""
     shards: list[JournalReport]
     planner: JournalReport
+    cross: CrossReport
 
 
 class _Progress:
@@ -84,16 +105,25 @@ def verify_data_directory(directory: Path, progress: Progress | None = None) -> 
     journals.append(datadir.planning_directory(directory))
     sizes = sum(_size(path) for journal in journals if journal.is_dir() for path in _files(journal))
     told = _Progress(progress, max(1, sizes))
-    found = [_verify_shard(journal, told) for journal in journals[:-1]]
+    found = [_verify_shard(journal, told, metadata.shards) for journal in journals[:-1]]
     planner = _verify_planner(journals[-1], told)
-    for findings, planning_seq in found:
+    for findings, planning_seq, _ in found:
         if planning_seq > planner.head and not planner.problems:  # else its end was not read, and that is told already
             findings.problems.append(
                 f"the shard has planning events up to {planning_seq}, the planner only up to {planner.head}: "
                 "the planner's journal has lost its end; restore it"
             )
-    shards = [findings.report() for findings, _ in found]
-    return Report(not any(report.problems for report in (planner, *shards)), shards, planner)
+    cross = _verify_cross([auditor for _, _, auditor in found])
+    shards = [findings.report() for findings, _, _ in found]
+    problems = [*cross.problems, *planner.problems, *(problem for report in shards for problem in report.problems)]
+    return Report(not problems, shards, planner, cross)
+
+
+def _verify_cross(auditors: list[Auditor]) -> CrossReport:
+    found = cross_audit(auditors)
+    return CrossReport(
+        found.reservations, found.parts, found.owed, found.pinned, found.moving, _bounded(found.problems)
+    )
 
 
 def _files(journal: Path) -> list[Path]:
@@ -167,8 +197,30 @@ def _totals(counters: CounterTable) -> list[CounterTotals]:
     ]
 
 
-def _snapshots(directory: Path, findings: _Findings) -> dict[int, tuple[str, bytes, list[CounterTotals], int]]:
-    """Name, hash, totals and number of records of each snapshot, by its position."""
+class _Shared(NamedTuple):
+    """What a shard knows of reservations over several shards."""
+
+    parts: dict[int, tuple[ledger.Part, ...]]
+    links: dict[int, ledger.Link]
+    owed: list[int]
+
+
+def _shared(state: ledger.Ledger) -> _Shared:
+    return _Shared(dict(state.parts), dict(state.links), list(state.owed))
+
+
+class _Snapshot(NamedTuple):
+    """What is compared with the replay."""
+
+    name: str
+    hash: bytes
+    totals: list[CounterTotals]
+    reservations: int
+    shared: _Shared
+
+
+def _snapshots(directory: Path, findings: _Findings) -> dict[int, _Snapshot]:
+    """Every snapshot that loads, by its position."""
     found = {}
     for path in newest_first(directory):
         try:
@@ -178,17 +230,19 @@ def _snapshots(directory: Path, findings: _Findings) -> dict[int, tuple[str, byt
         except (SnapshotError, OSError) as error:
             findings.problems.append(f"{error}. The journal is whole without it: remove the file")
         else:
-            found[position.seq] = (path.name, position.hash, _totals(state.counters), state.reservations.count)
+            found[position.seq] = _Snapshot(
+                path.name, position.hash, _totals(state.counters), state.reservations.count, _shared(state)
+            )
     return found
 
 
-def _verify_shard(directory: Path, progress: _Progress) -> tuple[_Findings, int]:
-    """What was found, and up to which planning event the shard has everything."""
+def _verify_shard(directory: Path, progress: _Progress, shards: int) -> tuple[_Findings, int, Auditor]:
+    """What was found, up to which planning event the shard has everything, and what its auditor came to."""
     findings = _Findings(directory)
+    state, auditor = ledger.Ledger(), Auditor(shards)
     if findings.segments == 0:
-        return findings, 0
+        return findings, 0, auditor
     snapshots = _snapshots(directory, findings)
-    state, auditor = ledger.Ledger(), Auditor()
     try:
         with JournalReader(directory) as reader:
             for row in reader.follow(GENESIS):
@@ -197,15 +251,17 @@ def _verify_shard(directory: Path, progress: _Progress) -> tuple[_Findings, int]
                     ledger.apply(state, event, row.at_ms)
                 snapshot = snapshots.pop(row.end.seq, None)
                 if snapshot is not None:
-                    name, hash_, totals, records = snapshot
-                    if (hash_, totals, records) != (row.hash, _totals(state.counters), state.reservations.count):
+                    now = _Snapshot(
+                        snapshot.name, row.hash, _totals(state.counters), state.reservations.count, _shared(state)
+                    )
+                    if snapshot != now:
                         findings.problems.append(
-                            f"{name} is not the state at {row.end.seq}: remove it, and report how it came about"
+                            f"{snapshot.name} is not the state at {row.end.seq}: remove it, and report how it came about"
                         )
                 progress.add(len(row.body))
         findings.problems += [
-            f"{name} is of position {seq}, where no row of the journal ends: remove it, and report how it came about"
-            for seq, (name, *_) in snapshots.items()
+            f"{snapshot.name} is of position {seq}, where no row of the journal ends: remove it, and report how it came about"
+            for seq, snapshot in snapshots.items()
         ]
     except JournalError as error:
         findings.unaudited(state.seq, error)
@@ -226,7 +282,7 @@ def _verify_shard(directory: Path, progress: _Progress) -> tuple[_Findings, int]
     ]
     findings.head, findings.counters = state.seq, len(state.counters)
     findings.reservations = state.reservations.count
-    return findings, state.planning_seq
+    return findings, state.planning_seq, auditor
 
 
 def _cannot_follow(seq: int, error: BaseException) -> str:

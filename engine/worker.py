@@ -32,9 +32,11 @@ from engine import codec, wire
 from engine.child import die
 from engine.core import commands, events, ledger, outcomes
 from engine.core.columns import CounterTable
+from engine.core.coordinator import Coordinator, Effects, Message, Request
 from engine.core.invariant import InvariantError, invariant
 from engine.core.outcomes import Outcome
 from engine.failpoints import failpoint
+from engine.peers import Peer
 from engine.ports import GENESIS, Clock, Journal, JournalRow, JournalWriteError, Position
 from engine.service import Connection
 from engine.snapshot import Frozen, SnapshotFile, load_newest, remove_unfinished
@@ -47,6 +49,8 @@ EXPIRY_TICK_S = 0.05
 """How late the overview may show units of an expired hold as taken while nothing else happens on the shard. Decisions
 never wait for it: each frees what is due first."""
 HEARTBEAT_TICK_S = 0.1
+COORDINATOR_TICK_S = 0.05
+"""How late an attempt's deadline may be noticed. Nothing safe or lasting depends on it."""
 HOUSEKEEPING_TICK_S = 1.0
 PUBLISH_ONE_BY_ONE_MAX = 48
 """Up to here single rows are published faster than the arrays of a vectorised publication are set up."""
@@ -62,7 +66,11 @@ _ALWAYS_TAKEN = (
     commands.PlanCounters,
 )
 """Reads, and what the planner brings: one at a time, and an overloaded shard is where a slot must be closed now."""
-_TAKES_UNITS = (commands.Hold, commands.Move)
+_TAKES_UNITS = (commands.Hold, commands.Move, commands.Prepare)
+_STEPS = (commands.Confirm, commands.Release, commands.Extend, commands.Fulfil, commands.Look)
+
+EXPIRY_STEPS_MAX = 2
+"""`expired` events of 16,384 holds each before other work gets its turn: some milliseconds."""
 
 
 class Bounds(NamedTuple):
@@ -94,6 +102,7 @@ class _Sealed(NamedTuple):
     events: list[events.ShardEvent]
     at_ms: int
     replies: dict[Connection, list[tuple[int, outcomes.Reply]]]
+    news: dict[int, list[commands.Command]]
     changed: list[tuple[int, tuple[int, ...]]]
     changed_many: tuple[NDArray[np.int64], NDArray[np.int64]] | None
     frozen: Frozen | None
@@ -113,9 +122,17 @@ class Worker:
         bounds: Bounds,
         directory: Path,
         snapshot_seq: int,
+        shard: int,
+        peers: dict[int, Path],
     ) -> None:
         """`snapshot_seq` is the last event of the snapshot that `state` was recovered from, 0 without one."""
         self._ledger = state
+        self._coordinator = Coordinator(shard, len(peers) + 1)
+        self._peers = {peer: Peer(peer, path, clock, self._replied) for peer, path in peers.items()}
+        self._news: dict[int, list[commands.Command]] = {}
+        self._expiring = False
+        self._due = trio.Event()
+        self._postponed: list[Request] = []
         self._journal = journal
         self._publisher = publisher
         self._clock = clock
@@ -156,6 +173,7 @@ class Worker:
         )
         decided: list[tuple[int, outcomes.Reply]] = []
         not_looked_at: list[tuple[int, outcomes.Reply]] = []
+        now_ms = self._begin()
         for request_id, deadline_ms, command in messages:
             if deadline_ms < monotonic_ms:
                 self._counts["too_late"] += 1
@@ -167,28 +185,75 @@ class Worker:
                 self._counts["overloaded"] += 1
                 not_looked_at.append((request_id, self._refused(Outcome.OVERLOADED)))
             else:
-                decided.append((request_id, self._decide(command)))
+                self._commands_open += 1
+                self._counts["commands"] += 1
+                if self._expiring or self._coordinator.concerns(self._ledger, command):
+                    self._handle(Request(command, deadline_ms, (connection, request_id)))
+                elif isinstance(command, commands.Doubt):
+                    self._follow(self._coordinator.doubt(self._ledger, command))
+                    decided.append((request_id, outcomes.Planned(self._ledger.seq, self._ledger.planning_seq)))
+                else:
+                    decided.append((request_id, self._decide(command, now_ms)))
         if not_looked_at:
             connection.send(wire.frame(not_looked_at))
         if decided:
             self._replies.setdefault(connection, []).extend(decided)
-            self._wake.set()
+        self._wake.set()
+
+    def _handle(self, request: Request) -> None:
+        """A command that needs other shards, or one that comes while more holds have expired than could be freed at once.
+
+        In that case it sees its own reservation as it should be, and what would be refused for lack of units waits until all
+        that is due has been freed.
+        """
+        command = request.command
+        if self._expiring:
+            if isinstance(command, _STEPS):
+                self._free(ledger.expire_one(self._ledger, command.number, self._open_at_ms))
+            elif isinstance(command, _TAKES_UNITS):
+                self._postpone(request)
+                return
+        if self._coordinator.concerns(self._ledger, command):
+            self._coordinate(request)
+        elif isinstance(command, commands.Doubt):
+            self._follow(self._coordinator.doubt(self._ledger, command))
+            self._answer(request, outcomes.Planned(self._ledger.seq, self._ledger.planning_seq))
+        else:
+            self._answer(request, self._decide(command, self._open_at_ms))
+
+    def _postpone(self, request: Request) -> None:
+        if isinstance(request.command, commands.Hold) and not self._coordinator.concerns(self._ledger, request.command):
+            reply, made = ledger.decide(self._ledger, request.command, self._open_at_ms, self._rules)
+            if not isinstance(reply, outcomes.Refused) or reply.outcome is not Outcome.INSUFFICIENT_CAPACITY:
+                for event in made:
+                    self._apply(event, self._open_at_ms)
+                self._answer(request, reply)
+                return
+        if len(self._postponed) >= self._bounds.batch_commands_max:
+            self._counts["overloaded"] += 1
+            self._answer(request, self._refused(Outcome.OVERLOADED))
+        else:
+            self._postponed.append(request)
+
+    def _answer(self, request: Request, reply: outcomes.Reply) -> None:
+        connection, request_id = request.waiter
+        self._replies.setdefault(connection, []).append((request_id, reply))
 
     def _refused(self, outcome: Outcome) -> outcomes.Refused:
         """A refusal that leaves at once, so its position is the durable one."""
         return outcomes.Refused(self._journal.head.seq, outcome)
 
-    def _now_ms(self) -> int:
-        """The time of the open batch: one instant for all its events, never before the batch before."""
+    def _begin(self) -> int:
+        """Read the clock for the open batch, unless it has events: they all have one time, never before the batch before.
+
+        Called once by whatever comes in from outside, so that a decision and its events see the same instant.
+        """
         if not self._events:
             self._open_at_ms = max(self._ledger.at_ms, self._clock.now_ms())
+        self._expire()
         return self._open_at_ms
 
-    def _decide(self, command: commands.ShardCommand) -> outcomes.Reply:
-        self._commands_open += 1
-        self._counts["commands"] += 1
-        now_ms = self._now_ms()
-        self._expire(now_ms)
+    def _decide(self, command: commands.ShardCommand, now_ms: int) -> outcomes.Reply:
         reply, made = ledger.decide(self._ledger, command, now_ms, self._rules)
         if made and self._disk_low and isinstance(command, _TAKES_UNITS):
             # Only what would be written is refused: a retry of what was taken before still hears that it was taken.
@@ -197,19 +262,77 @@ class Worker:
             self._apply(event, now_ms)
         return reply
 
-    def _expire(self, now_ms: int) -> None:
-        while (expired := ledger.expire(self._ledger, now_ms)) is not None:
-            self._apply(expired, now_ms)
+    def _expire(self) -> None:
+        """Free what is due, a bounded number at once: the rest is freed by `_free_the_rest`, with other work in between."""
+        for _ in range(EXPIRY_STEPS_MAX):
+            expired = ledger.expire(self._ledger, self._open_at_ms)
+            if expired is None:
+                break
+            self._free(expired)
+        self._expiring = self._ledger.expiry.is_due(self._open_at_ms)
+        if self._expiring:
+            self._due.set()
+
+    def _free(self, expired: events.Expired | None) -> None:
+        """Holds have expired, which ends attempts on them."""
+        if expired is not None:
+            self._apply(expired, self._open_at_ms)
+            self._follow(self._coordinator.expired(self._ledger, expired))
 
     def _apply(self, event: events.ShardEvent, at_ms: int) -> None:
         ledger.apply(self._ledger, event, at_ms)
         self._events.append(event)
 
+    # --- other shards -------------------------------------------------------------------------------------------------
+
+    def _coordinate(self, request: Request) -> None:
+        if self._disk_low and isinstance(request.command, _TAKES_UNITS):
+            self._answer(request, outcomes.Refused(self._ledger.seq, Outcome.SHARD_FULL))
+            return
+        effects = self._coordinator.submit(
+            self._ledger, request, self._open_at_ms, self._rules, self._clock.monotonic_ms()
+        )
+        self._follow(effects)
+
+    def _replied(self, shard: int, asked: commands.Command, reply: outcomes.Reply) -> None:
+        """Another shard has answered. A broken invariant ends the process here and now."""
+        try:
+            now_ms = self._begin()
+            if isinstance(asked, commands.Prepare):
+                effects = self._coordinator.prepared(self._ledger, shard, asked, reply, now_ms, self._rules)
+                self._follow(effects)
+            elif isinstance(asked, commands.Sync):
+                self._follow(self._coordinator.synced(self._ledger, shard, asked, reply))
+        except InvariantError as error:
+            die(f"broken invariant: {error}")
+        self._wake.set()
+
+    def _follow(self, effects: Effects) -> None:
+        """Do what the coordinator asks for, in its order."""
+        for event in effects.made:
+            self._apply(event, self._open_at_ms)
+        for waiter, reply in effects.answers:
+            connection, request_id = waiter
+            self._replies.setdefault(connection, []).append((request_id, reply))
+        self._send(effects.messages)
+        for request in effects.again:
+            self._handle(request)
+
+    def _send(self, messages: tuple[Message, ...]) -> None:
+        now: dict[int, list[commands.Command]] = {}
+        for shard, command, after_commit in messages:
+            (self._news if after_commit else now).setdefault(shard, []).append(command)
+        for shard, asked in now.items():
+            self._peers[shard].send(asked)
+
     # --- committing ---------------------------------------------------------------------------------------------------
 
     def _seal(self, *, may_freeze: bool = True) -> _Sealed:
-        made, replies = self._events, self._replies
-        self._events, self._replies = [], {}
+        for number in dict.fromkeys(self._ledger.news):
+            self._send(self._coordinator.news(self._ledger, number, self._clock.monotonic_ms()))
+        self._ledger.news.clear()
+        made, replies, news = self._events, self._replies, self._news
+        self._events, self._replies, self._news = [], {}, {}
         self._commands_open = 0
         touched = self._ledger.touched
         changed: list[tuple[int, tuple[int, ...]]] = []
@@ -232,7 +355,7 @@ class Worker:
             self._snapshot_running = True
             self._snapshot_seq = self._ledger.seq
             frozen = Frozen(self._ledger)
-        return _Sealed(made, self._open_at_ms, replies, changed, changed_many, frozen)
+        return _Sealed(made, self._open_at_ms, replies, news, changed, changed_many, frozen)
 
     async def _commit(self, sealed: _Sealed) -> None:
         """Steps 3 and 4 of a round."""
@@ -255,7 +378,10 @@ class Worker:
             self._publish(sealed, row)
             failpoint("after_publish")
         for connection, replies in sealed.replies.items():
-            connection.send(wire.frame(replies))
+            if replies:
+                connection.send(wire.frame(replies))
+        for shard, asked in sealed.news.items():
+            self._peers[shard].send(asked)
 
     def _publish(self, sealed: _Sealed, row: JournalRow) -> None:
         counters = self._ledger.counters
@@ -300,6 +426,7 @@ class Worker:
             )
         self._published_rows = len(counters)
         self._ledger.touched.clear()
+        self._ledger.news.clear()
         self._publisher.set_position(self._journal.head.seq, self._ledger.at_ms)
         self._publisher.heartbeat(self._clock.monotonic_ms())
         self._publisher.set_state(STATE_SERVING)
@@ -333,8 +460,12 @@ class Worker:
             nursery.start_soon(self._tick_expiry)
             nursery.start_soon(self._tick_heartbeat)
             nursery.start_soon(self._tick_housekeeping)
+            nursery.start_soon(self._tick_coordinator)
+            nursery.start_soon(self._free_the_rest)
+            for peer in self._peers.values():
+                nursery.start_soon(peer.run)
             while True:
-                if not self._replies and not self._events:
+                if not self._replies and not self._events and not self._news:
                     if self._stopping:
                         break
                     await self._wake.wait()
@@ -356,7 +487,8 @@ class Worker:
 
     def start_term(self, epoch: int, restart: int) -> None:
         """Open the first batch with the event that begins this worker's term."""
-        self._apply(events.TermStarted(epoch, restart), self._now_ms())
+        self._open_at_ms = max(self._ledger.at_ms, self._clock.now_ms())
+        self._apply(events.TermStarted(epoch, restart), self._open_at_ms)
 
     async def commit_first(self) -> None:
         """Commit the first batch before anybody is served: it proves that the disk takes writes.
@@ -370,9 +502,37 @@ class Worker:
             await trio.sleep(EXPIRY_TICK_S)
             next_ms = self._ledger.expiry.next_ms()
             if next_ms is not None and next_ms <= self._clock.now_ms():
-                self._expire(self._now_ms())
-                if self._events:
-                    self._wake.set()
+                self._begin()
+                self._wake.set()
+
+    async def _free_the_rest(self) -> None:
+        """After a mass expiry: free step by step, look at the sockets in between, then decide what had to wait."""
+        while True:
+            await self._due.wait()
+            self._due = trio.Event()
+            while self._expiring:
+                self._begin()
+                self._wake.set()
+                await trio.lowlevel.checkpoint()
+            postponed, self._postponed = self._postponed, []
+            monotonic_ms = self._clock.monotonic_ms()
+            self._begin()
+            for request in postponed:
+                if request.deadline_ms < monotonic_ms:
+                    self._counts["too_late"] += 1
+                    self._answer(request, self._refused(Outcome.DEADLINE_PASSED))
+                else:
+                    self._handle(request)
+            self._wake.set()
+
+    async def _tick_coordinator(self) -> None:
+        while True:
+            await trio.sleep(COORDINATOR_TICK_S)
+            self._begin()
+            effects = self._coordinator.tick(self._ledger, self._clock.monotonic_ms())
+            if any(effects):
+                self._follow(effects)
+                self._wake.set()
 
     async def _tick_heartbeat(self) -> None:
         while True:
@@ -384,7 +544,7 @@ class Worker:
             await trio.sleep(HOUSEKEEPING_TICK_S)
             event, self._forget_from = ledger.forget(self._ledger, self._forget_from, self._clock.now_ms(), self._rules)
             if event is not None:
-                self._apply(event, self._now_ms())
+                self._apply(event, self._begin())
                 self._wake.set()
             disk = os.statvfs(self._directory)
             disk_low = disk.f_bavail * disk.f_frsize < DISK_RESERVE_BYTES

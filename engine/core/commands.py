@@ -90,6 +90,49 @@ class LookCounters(Command, frozen=True):
     rows: list[int]
 
 
+class Prepare(Command, frozen=True):
+    """From the home of a reservation: be able to hold `lines` for it until told, and do not let it expire meanwhile.
+
+    `tx` names the attempt. `part_number` is 0 for lines that are new to this shard. `number` and `version` are those of the
+    reservation, 0 while it does not exist. `key` is the client's key digest. `is_confirm`: the units are about to be
+    confirmed, so their slots must be open and before their cut-off even where no unit is added.
+    """
+
+    tx: int
+    home_shard: int
+    part_number: int
+    number: int
+    version: int
+    key: bytes
+    lines: list[Line]
+    order_ref: str = ""
+    is_confirm: bool = False
+
+
+class Sync(Command, frozen=True):
+    """From the home of a reservation: what this shard's part of it is now, by the reservation's `version`.
+
+    `tx` is the attempt that this ends, 0 where it is none in particular. Version 0 ends an attempt that never came to be.
+    """
+
+    tx: int
+    part_number: int
+    number: int
+    version: int
+    status: int
+    expires_at_ms: int
+    lines: list[Line]
+
+
+class Doubt(Command, frozen=True):
+    """From a shard that has prepared something, has not heard of it since, and wants to know what it is now."""
+
+    shard: int
+    tx: int
+    part_number: int
+    number: int
+
+
 class PlanPool(Command, frozen=True):
     """From the planner: a pool as it is from `planning_seq` on."""
 
@@ -137,6 +180,9 @@ ShardCommand = (
     | Move
     | Fulfil
     | Look
+    | Prepare
+    | Sync
+    | Doubt
     | LookCounters
     | PlanPool
     | PlanCounters

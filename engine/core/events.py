@@ -18,6 +18,13 @@ CounterUnits = tuple[int, int]
 """(counter row, units)"""
 
 
+NamedUnits = tuple[str, str, int]
+"""(pool_id, slot_id, units) of a counter on another shard"""
+
+PartUnits = tuple[int, int, list[NamedUnits]]
+"""(shard, part number there, lines) of a reservation's part on another shard"""
+
+
 class Event(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="event", forbid_unknown_fields=True):
     """Base of all events."""
 
@@ -38,6 +45,7 @@ class Held(Event, frozen=True, tag="held"):
     channel: str
     key: str
     digest: int
+    parts: list[PartUnits] = []
 
 
 class ConfirmedAtOnce(Event, frozen=True, tag="confirmed_at_once"):
@@ -48,6 +56,7 @@ class ConfirmedAtOnce(Event, frozen=True, tag="confirmed_at_once"):
     channel: str
     key: str
     digest: int
+    parts: list[PartUnits] = []
 
 
 class Confirmed(Event, frozen=True, tag="confirmed"):
@@ -57,6 +66,7 @@ class Confirmed(Event, frozen=True, tag="confirmed"):
     action: int
     kept: list[CounterUnits] | None = None
     late: bool = False
+    parts: list[PartUnits] | None = None
 
 
 class Released(Event, frozen=True, tag="released"):
@@ -81,6 +91,7 @@ class Moved(Event, frozen=True, tag="moved"):
     number: int
     action: int
     lines: list[CounterUnits]
+    parts: list[PartUnits] | None = None
 
 
 class Fulfilled(Event, frozen=True, tag="fulfilled"):
@@ -91,10 +102,44 @@ class Fulfilled(Event, frozen=True, tag="fulfilled"):
 
 
 class Expired(Event, frozen=True, tag="expired"):
-    """Holds whose time had passed: `numbers[i]` at `expired_at_ms[i]`."""
+    """Holds whose time had passed: `numbers[i]` at `expired_at_ms[i]`. Parts of holds are among them."""
 
     numbers: list[int]
     expired_at_ms: list[int]
+
+
+class PartPrepared(Event, frozen=True, tag="part_prepared"):
+    """A part of a reservation whose home is another shard was taken here, until that one says what became of it.
+
+    `part_number` 0: the part is new, numbered by this event. `lines` are all lines of the part from now on. `number` and
+    `version` are those of the reservation when it was asked for, 0 while it does not exist.
+    """
+
+    tx: int
+    home_shard: int
+    part_number: int
+    number: int
+    version: int
+    lines: list[CounterUnits]
+    key: str
+
+
+class PartSynced(Event, frozen=True, tag="part_synced"):
+    """A part here is now what its home says, by version `version` of the reservation."""
+
+    part_number: int
+    number: int
+    version: int
+    status: int
+    expires_at_ms: int
+    lines: list[CounterUnits]
+
+
+class PartsSettled(Event, frozen=True, tag="parts_settled"):
+    """All other shards have taken over version `version` of a reservation."""
+
+    number: int
+    version: int
 
 
 class Refused(Event, frozen=True, tag="refused"):
@@ -145,6 +190,9 @@ ShardEvent = (
     | Moved
     | Fulfilled
     | Expired
+    | PartPrepared
+    | PartSynced
+    | PartsSettled
     | Refused
     | PoolDefined
     | CountersDefined

@@ -32,6 +32,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.core import commands, events, outcomes
 from engine.core.columns import (
@@ -40,6 +41,8 @@ from engine.core.columns import (
     FULFILLED,
     GONE,
     HELD,
+    MORE_LINES,
+    NO_COUNTER,
     RELEASED,
     Chunk,
     CounterTable,
@@ -59,6 +62,9 @@ from engine.core.limits import (
 from engine.core.outcomes import CounterShort, Outcome
 from engine.core.sharding import counter_hash, reservation_number
 from engine.core.slots import Cutoff, cutoff_at_ms, resolve
+
+ONE_BY_ONE_MAX = 64
+"""Below so many, single steps are faster than arrays."""
 
 _KEY_HALVES = Struct("<qq")
 
@@ -111,6 +117,31 @@ class Pool(NamedTuple):
     cutoff: Cutoff | None
 
 
+class Part(NamedTuple):
+    """At the home of a reservation: what it takes on another shard, and the part's number there."""
+
+    shard: int
+    number: int
+    lines: tuple[tuple[str, str, int], ...]
+    """(pool_id, slot_id, units). Empty: to be given up, remembered until that shard knows."""
+
+
+class Link(NamedTuple):
+    """At another shard: whose part a record is."""
+
+    home_shard: int
+    tx: int
+    """The attempt it was prepared for last."""
+    number: int
+    """The reservation's number; 0 until its home has said that it exists."""
+    version: int
+    """The reservation's version that this part has taken over."""
+    is_pinned: bool
+    """Prepared and not heard of since: it does not expire, and its home is asked."""
+    asked_version: int = 0
+    """The reservation's version that the attempt started from: news up to it does not say what became of the attempt."""
+
+
 class Ledger:
     """The state of one shard. Changed by `apply` only (and `expire`, which takes due entries out of its queue)."""
 
@@ -127,6 +158,18 @@ class Ledger:
         self.pools: dict[str, Pool] = {}
         self.pool_of_code: dict[int, str] = {}
         self.refused_keys: dict[str, None] = {}
+        self.parts: dict[int, tuple[Part, ...]] = {}
+        """Of reservations at home here: what they take elsewhere."""
+        self.owed: dict[int, None] = {}
+        """Of those, the ones whose last change other shards have not all taken over."""
+        self.news: list[int] = []
+        """Numbers that came to be owed since the owner last told the other shards and cleared this. Not journaled."""
+        self.links: dict[int, Link] = {}
+        """Of parts here: whose they are."""
+        self.pinned: dict[int, None] = {}
+        """Of those, the ones whose home has not said what became of them."""
+        self.attempted_units: dict[int, int] = {}
+        """Units by counter row that attempts under way want here. Not journaled: what is never decided leaves nothing."""
         self.touched: set[int] = set()
         """Counter rows changed since the owner last published and cleared this."""
 
@@ -151,22 +194,51 @@ def apply(ledger: Ledger, event: events.ShardEvent, at_ms: int) -> None:
 def expire(ledger: Ledger, now_ms: int) -> events.Expired | None:
     """The next holds whose time has passed, as one event, or None when nothing is due.
 
-    The caller applies the event at once: what is returned has left the queue. Call again until None.
+    The caller applies the event at once: what is returned has left the queue. Call again until None, or see `expire_one`.
     """
-    numbers: list[int] = []
-    times: list[int] = []
-    while len(numbers) < EXPIRED_IN_EVENT_MAX:
-        due = ledger.expiry.due(now_ms, EXPIRED_IN_EVENT_MAX - len(numbers))
-        if not due:
-            break
-        for expires_at_ms, number in due:
-            found = ledger.reservations.find(number)
-            if found is not None:
-                chunk, row = found
-                if chunk.status[row] == HELD and chunk.expires_at_ms[row] == expires_at_ms:
-                    numbers.append(number)
-                    times.append(expires_at_ms)
-    return events.Expired(numbers, times) if numbers else None
+    while True:
+        times, numbers = ledger.expiry.due(now_ms, EXPIRED_IN_EVENT_MAX)
+        if not len(times):
+            return None
+        if len(times) < ONE_BY_ONE_MAX:
+            due = [
+                (number, expires_at_ms)
+                for number, expires_at_ms in dict.fromkeys(zip(numbers.tolist(), times.tolist(), strict=True))
+                if _is_due(ledger, number, expires_at_ms)
+            ]
+            if due:
+                return events.Expired([number for number, _ in due], [expires_at_ms for _, expires_at_ms in due])
+            continue
+        keep = np.zeros(len(times), np.bool_)
+        for chunk, places, rows in ledger.reservations.locate(numbers):
+            keep[places] = (chunk.view("status")[rows] == HELD) & (chunk.view("expires_at_ms")[rows] == times[places])
+        for place in np.flatnonzero(keep).tolist() if ledger.pinned else ():
+            keep[place] = int(numbers[place]) not in ledger.pinned
+        # A number may be due several times: earlier times are those before an extension, equal ones are the same entry twice.
+        places = np.flatnonzero(keep)
+        _, first = np.unique(numbers[places], return_index=True)
+        once = places[np.sort(first)]
+        if len(once):
+            return events.Expired(numbers[once].tolist(), times[once].tolist())
+
+
+def _is_due(ledger: Ledger, number: int, expires_at_ms: int) -> bool:
+    found = ledger.reservations.find(number)
+    if found is None or number in ledger.pinned:
+        return False
+    chunk, row = found
+    return chunk.status[row] == HELD and chunk.expires_at_ms[row] == expires_at_ms
+
+
+def expire_one(ledger: Ledger, number: int, now_ms: int) -> events.Expired | None:
+    """One hold out of its turn, if its time has passed: so that a step on it need not wait for a million others."""
+    found = ledger.reservations.find(number)
+    if found is None:
+        return None
+    expires_at_ms = found[0].expires_at_ms[found[1]]
+    if expires_at_ms > now_ms or not _is_due(ledger, number, expires_at_ms):
+        return None
+    return events.Expired([number], [expires_at_ms])
 
 
 def forget(ledger: Ledger, from_number: int, now_ms: int, rules: Rules) -> tuple[events.Forgotten | None, int]:
@@ -187,7 +259,10 @@ def forget(ledger: Ledger, from_number: int, now_ms: int, rules: Rules) -> tuple
 # --- deciding ---------------------------------------------------------------------------------------------------------
 
 
-def _decide_hold(ledger: Ledger, command: commands.Hold, now_ms: int, rules: Rules) -> Decision:
+def decide_hold(
+    ledger: Ledger, command: commands.Hold, now_ms: int, rules: Rules, parts: tuple[Part, ...] = ()
+) -> Decision:
+    """A new reservation of the command's lines, which are this shard's, and of `parts` that other shards have prepared."""
     known = find_key(ledger, command.key)
     if known is not None:
         chunk, row = known
@@ -209,14 +284,25 @@ def _decide_hold(ledger: Ledger, command: commands.Hold, now_ms: int, rules: Rul
     seq = ledger.seq + 1
     number = reservation_number(seq, ledger.counters.hashed[lines[0][0]])
     if command.ttl_ms == commands.NO_TTL:
-        at_once = events.ConfirmedAtOnce(lines, command.order_ref, command.channel, key, command.digest)
+        at_once = events.ConfirmedAtOnce(
+            lines, command.order_ref, command.channel, key, command.digest, _part_units(parts)
+        )
         return outcomes.Taken(seq, number, now_ms, 0), (at_once,)
     expires_at_ms = now_ms + min(command.ttl_ms, rules.hold_ms_max)
-    held = events.Held(lines, expires_at_ms, command.order_ref, command.channel, key, command.digest)
+    held = events.Held(
+        lines, expires_at_ms, command.order_ref, command.channel, key, command.digest, _part_units(parts)
+    )
     return outcomes.Taken(seq, number, now_ms, expires_at_ms), (held,)
 
 
-def _decide_confirm(ledger: Ledger, command: commands.Confirm, now_ms: int, rules: Rules) -> Decision:
+def _part_units(parts: tuple[Part, ...]) -> list[events.PartUnits]:
+    return [(part.shard, part.number, list(part.lines)) for part in parts]
+
+
+def decide_confirm(
+    ledger: Ledger, command: commands.Confirm, now_ms: int, rules: Rules, parts: tuple[Part, ...] | None = None
+) -> Decision:
+    """Confirm what lies here, and `parts` of what lies elsewhere (None: all of it)."""
     del rules
     step = _step(ledger, command, "confirm", Outcome.CONFIRMED)
     if not isinstance(step, tuple):
@@ -245,10 +331,16 @@ def _decide_confirm(ledger: Ledger, command: commands.Confirm, now_ms: int, rule
                 (),
             )
         return outcomes.Refused(ledger.seq, short[0].reason, short), ()
-    event = events.Confirmed(command.number, command.action, None if kept is None else list(kept.items()), late)
-    return _changed(ledger, chunk, row, Outcome.CONFIRMED, now_ms, CONFIRMED, tuple(keeping.items()), late=late), (
-        event,
+    event = events.Confirmed(
+        command.number,
+        command.action,
+        None if kept is None else list(kept.items()),
+        late,
+        None if parts is None else _part_units(parts),
     )
+    lines = tuple(keeping.items())
+    reply = _changed(ledger, chunk, row, Outcome.CONFIRMED, now_ms, CONFIRMED, lines, late=late, parts=parts)
+    return reply, (event,)
 
 
 def _decide_release(ledger: Ledger, command: commands.Release, now_ms: int, rules: Rules) -> Decision:
@@ -261,7 +353,8 @@ def _decide_release(ledger: Ledger, command: commands.Release, now_ms: int, rule
     return _changed(ledger, chunk, row, Outcome.RELEASED, now_ms, RELEASED), (event,)
 
 
-def _decide_extend(ledger: Ledger, command: commands.Extend, now_ms: int, rules: Rules) -> Decision:
+def decide_extend(ledger: Ledger, command: commands.Extend, now_ms: int, rules: Rules) -> Decision:
+    """Let a hold live longer."""
     step = _step(ledger, command, "extend", Outcome.EXTENDED)
     if not isinstance(step, tuple):
         return step, ()
@@ -280,7 +373,10 @@ def _decide_extend(ledger: Ledger, command: commands.Extend, now_ms: int, rules:
     return reply, (event,)
 
 
-def _decide_move(ledger: Ledger, command: commands.Move, now_ms: int, rules: Rules) -> Decision:
+def decide_move(
+    ledger: Ledger, command: commands.Move, now_ms: int, rules: Rules, parts: tuple[Part, ...] | None = None
+) -> Decision:
+    """Exchange what is taken here for the command's lines, and what is taken elsewhere for `parts` (None: as it is)."""
     del rules
     step = _step(ledger, command, "move", Outcome.MOVED)
     if not isinstance(step, tuple):
@@ -294,8 +390,11 @@ def _decide_move(ledger: Ledger, command: commands.Move, now_ms: int, rules: Rul
     short = _in_the_way(ledger, rising, had, now_ms)
     if short:
         return _refuse(ledger, short, f"{command.action & (2**64 - 1):016x}", chunk.label(row)[0])
-    event = events.Moved(command.number, command.action, list(wanted.items()))
-    reply = _changed(ledger, chunk, row, Outcome.MOVED, now_ms, chunk.status[row], tuple(wanted.items()))
+    event = events.Moved(
+        command.number, command.action, list(wanted.items()), None if parts is None else _part_units(parts)
+    )
+    lines = tuple(wanted.items())
+    reply = _changed(ledger, chunk, row, Outcome.MOVED, now_ms, chunk.status[row], lines, parts=parts)
     return reply, (event,)
 
 
@@ -312,9 +411,110 @@ def _decide_fulfil(ledger: Ledger, command: commands.Fulfil, now_ms: int, rules:
 def _decide_look(ledger: Ledger, command: commands.Look, now_ms: int, rules: Rules) -> Decision:
     del now_ms, rules
     found = ledger.reservations.find(command.number)
-    if found is None:
+    if found is None or command.number in ledger.links:
         return _unknown_reservation(ledger), ()
     return record(ledger, *found, Outcome.FOUND), ()
+
+
+def _decide_prepare(ledger: Ledger, command: commands.Prepare, now_ms: int, rules: Rules) -> Decision:
+    """Take what another shard's reservation wants here, if it fits, until its home says what became of it."""
+    del rules
+    wanted = _counter_rows(ledger, command.lines)
+    if isinstance(wanted, outcomes.Refused):
+        return wanted, ()
+    key = _part_key(command.key)
+    part_number = command.part_number or _unborn_part(ledger, key, command)
+    had: dict[int, int] = {}
+    is_held = False
+    if part_number:
+        found, link = ledger.reservations.find(part_number), ledger.links.get(part_number)
+        if found is None or link is None:
+            return _unknown_reservation(ledger), ()
+        if link.is_pinned and link.tx == command.tx:
+            return outcomes.Prepared(ledger.seq, command.tx, part_number), ()
+        chunk, row = found
+        if (
+            link.tx == command.tx
+            or _is_older(command.tx, link.tx)
+            or command.version < link.version
+            or chunk.status[row] == FULFILLED
+        ):
+            return _no(ledger, Outcome.DEADLINE_PASSED, "a late message: the attempt that sent it is over")
+        is_held = chunk.status[row] in (HELD, CONFIRMED)
+        if is_held:
+            had = dict(ledger.reservations.lines(chunk, row))
+    target = had | {row: max(units, had.get(row, 0)) for row, units in wanted.items()}
+    rising = {row: units for row, units in target.items() if units > had.get(row, 0)}
+    short = _in_the_way(ledger, wanted if command.is_confirm else rising, had, now_ms)
+    if short:
+        if is_held and command.is_confirm:
+            return outcomes.Refused(ledger.seq, short[0].reason, short), ()
+        return _refuse(ledger, short, command.key.hex(), command.order_ref)
+    lines = list(target.items())
+    event = events.PartPrepared(
+        command.tx, command.home_shard, part_number, command.number, command.version, lines, key.hex()
+    )
+    number = part_number or reservation_number(ledger.seq + 1, ledger.counters.hashed[lines[0][0]])
+    return outcomes.Prepared(ledger.seq + 1, command.tx, number), (event,)
+
+
+def _part_key(key: bytes) -> bytes:
+    """Parts are filed beside reservations under the client's key with another first byte half: never mistaken for one."""
+    return bytes(byte ^ 0x5A for byte in key[:8]) + key[8:]
+
+
+def _is_older(tx: int, than: int) -> bool:
+    """Whether a home began the one attempt before the other. Numbers of attempts rise, and begin again after 2**63."""
+    return 0 < (than - tx) % 2**63 < 2**62
+
+
+def _unborn_part(ledger: Ledger, key: bytes, command: commands.Prepare) -> int:
+    """A part that an earlier attempt of the same request prepared and whose home lost it: it is taken over. 0: none."""
+    key_high, key_low = _KEY_HALVES.unpack(key)
+    for number in ledger.keys.candidates(key_high, key_low):
+        link, found = ledger.links.get(number), ledger.reservations.find(number)
+        if link is None or found is None or found[0].key_low[found[1]] != key_low:
+            continue
+        if (
+            link.home_shard == command.home_shard
+            and link.number == command.number
+            and link.version == 0
+            and link.is_pinned
+        ):
+            return number
+    return 0
+
+
+def _decide_sync(ledger: Ledger, command: commands.Sync, now_ms: int, rules: Rules) -> Decision:
+    """Take over what the home of a reservation says of the part here. Older news than what is known changes nothing.
+
+    While the part is pinned, the answer about that very attempt ends it, as does a version beyond the one it started from. A
+    home that no longer knows the reservation (version 0) gives the part up, whatever version it has.
+    """
+    del rules
+    link = ledger.links.get(command.part_number)
+    if link is None:
+        return outcomes.Synced(ledger.seq, command.part_number, command.version), ()
+    if link.is_pinned and command.tx == link.tx:
+        is_taken_over = command.version >= link.version or command.version == 0
+    else:
+        is_taken_over = command.version > (max(link.version, link.asked_version) if link.is_pinned else link.version)
+    if not is_taken_over:
+        return outcomes.Synced(ledger.seq, command.part_number, link.version), ()
+    lines = _counter_rows(ledger, command.lines)
+    if isinstance(lines, outcomes.Refused):
+        broken("a part names counters that this shard has")
+    version = max(command.version, link.version)
+    is_late = command.status == HELD and command.expires_at_ms <= now_ms  # its time came while the news travelled
+    event = events.PartSynced(
+        command.part_number,
+        command.number or link.number,
+        version,
+        EXPIRED if is_late else command.status,
+        command.expires_at_ms,
+        list(lines.items()),
+    )
+    return outcomes.Synced(ledger.seq + 1, command.part_number, version), (event,)
 
 
 def counter_values(
@@ -414,13 +614,15 @@ def _decide_status(ledger: Ledger, command: commands.ShardStatus, now_ms: int, r
 
 
 _DECIDE: dict[type, Callable[[Ledger, Any, int, Rules], Decision]] = {
-    commands.Hold: _decide_hold,
-    commands.Confirm: _decide_confirm,
+    commands.Hold: decide_hold,
+    commands.Confirm: decide_confirm,
     commands.Release: _decide_release,
-    commands.Extend: _decide_extend,
-    commands.Move: _decide_move,
+    commands.Extend: decide_extend,
+    commands.Move: decide_move,
     commands.Fulfil: _decide_fulfil,
     commands.Look: _decide_look,
+    commands.Prepare: _decide_prepare,
+    commands.Sync: _decide_sync,
     commands.LookCounters: _decide_look_counters,
     commands.PlanPool: _decide_plan_pool,
     commands.PlanCounters: _decide_plan_counters,
@@ -437,7 +639,7 @@ def _step(ledger: Ledger, command: ReservationStep, verb: str, done: Outcome) ->
     The same action again means that its first answer was lost: it is answered as then, from the record as it is.
     """
     found = ledger.reservations.find(command.number)
-    if found is None:
+    if found is None or command.number in ledger.links:
         return _unknown_reservation(ledger)
     chunk, row = found
     if chunk.action[row] == command.action:
@@ -466,9 +668,12 @@ def _counter_rows(ledger: Ledger, lines: list[commands.Line]) -> dict[int, int] 
 def _in_the_way(ledger: Ledger, taking: dict[int, int], freed: dict[int, int], now_ms: int) -> list[CounterShort]:
     """The counters that do not allow `taking`, when `freed` units of theirs count as free. Empty: all allow it."""
     counters = ledger.counters
+    attempted = ledger.attempted_units
     short = []
     for row, units in taking.items():
         used = counters.held[row] + counters.confirmed[row] + counters.fulfilled[row] - freed.get(row, 0)
+        if attempted:
+            used += attempted.get(row, 0)
         if counters.closed[row]:
             reason = Outcome.SLOT_CLOSED
         elif now_ms >= counters.cutoff_at_ms[row]:
@@ -527,9 +732,17 @@ def find_key(ledger: Ledger, key: bytes) -> tuple[Chunk, int] | None:
     return None
 
 
-def _named_lines(ledger: Ledger, lines: Lines) -> list[tuple[str, str, int]]:
+def key_of(chunk: Chunk, row: int) -> bytes:
+    """The 16-byte key digest of a record."""
+    return _KEY_HALVES.pack(chunk.key_high[row], chunk.key_low[row])
+
+
+def _named_lines(ledger: Ledger, lines: Lines, parts: tuple[Part, ...]) -> list[tuple[str, str, int]]:
     counters = ledger.counters
-    return [(counters.pool_id[row], counters.slot_id[row], units) for row, units in lines]
+    named = [(counters.pool_id[row], counters.slot_id[row], units) for row, units in lines]
+    for part in parts:
+        named += part.lines
+    return named
 
 
 def record(ledger: Ledger, chunk: Chunk, row: int, outcome: Outcome) -> outcomes.Record:
@@ -547,7 +760,7 @@ def record(ledger: Ledger, chunk: Chunk, row: int, outcome: Outcome) -> outcomes
         chunk.expires_at_ms[row],
         order_ref,
         channel,
-        _named_lines(ledger, ledger.reservations.lines(chunk, row)),
+        _named_lines(ledger, ledger.reservations.lines(chunk, row), ledger.parts.get(chunk.number[row], ())),
     )
 
 
@@ -562,9 +775,14 @@ def _changed(
     *,
     expires_at_ms: int | None = None,
     late: bool = False,
+    parts: tuple[Part, ...] | None = None,
 ) -> outcomes.Record:
     """A reservation as it will be once the event of this decision is applied."""
     order_ref, channel = chunk.label(row)
+    if lines is None:
+        lines = ledger.reservations.lines(chunk, row)
+    if parts is None:
+        parts = ledger.parts.get(chunk.number[row], ())
     return outcomes.Record(
         ledger.seq + 1,
         outcome,
@@ -577,7 +795,7 @@ def _changed(
         chunk.expires_at_ms[row] if expires_at_ms is None else expires_at_ms,
         order_ref,
         channel,
-        _named_lines(ledger, ledger.reservations.lines(chunk, row) if lines is None else lines),
+        _named_lines(ledger, lines, parts),
         late,
     )
 
@@ -634,9 +852,22 @@ def _add_record(ledger: Ledger, event: events.Held | events.ConfirmedAtOnce, sta
     )
     ledger.keys.add(key_high, key_low, number)
     ledger.refused_keys.pop(event.key, None)
+    if event.parts:
+        _set_parts(ledger, number, event.parts)
     _move_units(ledger, event.lines, status, 1)
     _check_limits(ledger, event.lines)
     return number
+
+
+def _set_parts(ledger: Ledger, number: int, parts: list[events.PartUnits]) -> None:
+    """What a reservation takes elsewhere from now on. The other shards have to hear of it."""
+    ledger.parts[number] = tuple(Part(shard, part_number, tuple(lines)) for shard, part_number, lines in parts)
+    _owe(ledger, number)
+
+
+def _owe(ledger: Ledger, number: int) -> None:
+    ledger.owed[number] = None
+    ledger.news.append(number)
 
 
 def _apply_held(ledger: Ledger, event: events.Held) -> None:
@@ -658,6 +889,8 @@ def _changing(ledger: Ledger, number: int, verb: str, action: int) -> tuple[Chun
     chunk.changed_seq[row] = ledger.seq
     chunk.version[row] += 1
     chunk.action[row] = action
+    if number in ledger.parts:
+        _owe(ledger, number)
     return chunk, row, to
 
 
@@ -674,6 +907,8 @@ def _apply_confirmed(ledger: Ledger, event: events.Confirmed) -> None:
     _move_units(ledger, lines, to, 1)
     if event.late:
         _check_limits(ledger, lines)
+    if event.parts is not None:
+        _set_parts(ledger, event.number, event.parts)
     chunk.status[row] = to
 
 
@@ -697,6 +932,84 @@ def _apply_moved(ledger: Ledger, event: events.Moved) -> None:
     ledger.reservations.set_lines(chunk, row, tuple(event.lines))
     _move_units(ledger, event.lines, status, 1)
     _check_limits(ledger, [line for line in event.lines if line[1] > had.get(line[0], 0)])
+    if event.parts is not None:
+        _set_parts(ledger, event.number, event.parts)
+
+
+def _apply_part_prepared(ledger: Ledger, event: events.PartPrepared) -> None:
+    number = event.part_number
+    if number:
+        link = ledger.links[number]._replace(tx=event.tx, is_pinned=True, asked_version=event.version)
+        if event.number:
+            link = link._replace(number=event.number)
+        chunk, row = ledger.reservations.writable(number)
+        status = chunk.status[row]
+        had = dict(ledger.reservations.lines(chunk, row)) if status in (HELD, CONFIRMED) else {}
+        _move_units(ledger, tuple(had.items()), status, -1)
+        if status != CONFIRMED:
+            chunk.status[row] = HELD
+        ledger.reservations.set_lines(chunk, row, tuple(event.lines))
+        _touch(ledger, chunk, row)
+    else:
+        number = reservation_number(ledger.seq, ledger.counters.hashed[event.lines[0][0]])
+        key_high, key_low = _KEY_HALVES.unpack(bytes.fromhex(event.key))
+        ledger.reservations.append(
+            number,
+            HELD,
+            tuple(event.lines),
+            expires_at_ms=0,
+            at_ms=ledger.at_ms,
+            seq=ledger.seq,
+            key_high=key_high,
+            key_low=key_low,
+            digest=0,
+            order_ref="",
+            channel="",
+        )
+        ledger.keys.add(key_high, key_low, number)
+        link = Link(event.home_shard, event.tx, event.number, 0, is_pinned=True, asked_version=event.version)
+        chunk, row = ledger.reservations.writable(number)
+        had = {}
+    ledger.links[number] = link
+    ledger.pinned[number] = None
+    _move_units(ledger, event.lines, chunk.status[row], 1)
+    _check_limits(ledger, [line for line in event.lines if line[1] > had.get(line[0], 0)])
+
+
+def _touch(ledger: Ledger, chunk: Chunk, row: int) -> None:
+    chunk.changed_at_ms[row] = ledger.at_ms
+    chunk.changed_seq[row] = ledger.seq
+    chunk.version[row] += 1
+
+
+def _apply_part_synced(ledger: Ledger, event: events.PartSynced) -> None:
+    chunk, row = ledger.reservations.writable(event.part_number)
+    status = chunk.status[row]
+    had = dict(ledger.reservations.lines(chunk, row)) if status in (HELD, CONFIRMED, FULFILLED) else {}
+    _move_units(ledger, tuple(had.items()), status, -1)
+    ledger.reservations.set_lines(chunk, row, tuple(event.lines))
+    chunk.status[row] = event.status
+    chunk.expires_at_ms[row] = event.expires_at_ms
+    _touch(ledger, chunk, row)
+    _move_units(ledger, event.lines, event.status, 1)
+    if event.status in (HELD, CONFIRMED, FULFILLED):
+        _check_limits(ledger, [line for line in event.lines if line[1] > had.get(line[0], 0)])
+    if event.status == HELD:
+        ledger.expiry.add(event.part_number, event.expires_at_ms)
+    link = ledger.links[event.part_number]
+    ledger.links[event.part_number] = Link(link.home_shard, link.tx, event.number, event.version, is_pinned=False)
+    ledger.pinned.pop(event.part_number, None)
+
+
+def _apply_parts_settled(ledger: Ledger, event: events.PartsSettled) -> None:
+    found = ledger.reservations.find(event.number)
+    invariant(found is not None and found[0].version[found[1]] == event.version, "what is settled is the last version")
+    del ledger.owed[event.number]
+    left = tuple(part for part in ledger.parts[event.number] if part.lines)
+    if left:
+        ledger.parts[event.number] = left
+    else:
+        del ledger.parts[event.number]
 
 
 def _apply_fulfilled(ledger: Ledger, event: events.Fulfilled) -> None:
@@ -708,11 +1021,53 @@ def _apply_fulfilled(ledger: Ledger, event: events.Fulfilled) -> None:
 
 
 def _apply_expired(ledger: Ledger, event: events.Expired) -> None:
+    if len(event.numbers) >= ONE_BY_ONE_MAX:
+        _apply_expired_many(ledger, event)
+        return
     for number, expired_at_ms in zip(event.numbers, event.expired_at_ms, strict=True):
         chunk, row, to = _changing(ledger, number, "expire", 0)
         invariant(chunk.expires_at_ms[row] == expired_at_ms, "a hold expires at its own time")
         _move_units(ledger, ledger.reservations.lines(chunk, row), HELD, -1)
         chunk.status[row] = to
+
+
+def _apply_expired_many(ledger: Ledger, event: events.Expired) -> None:
+    """As one by one, with arrays."""
+    numbers, times = np.array(event.numbers, np.int64), np.array(event.expired_at_ms, np.int64)
+    invariant(len(np.unique(numbers)) == len(numbers), "a hold expires once")
+    counters = ledger.counters
+    left = len(numbers)
+    touched: list[NDArray[np.int64]] = []
+    for chunk, places, rows in ledger.reservations.locate(numbers):
+        ledger.reservations.writable_chunk(chunk)
+        left -= len(rows)
+        status = chunk.view("status")
+        invariant(bool(np.all(status[rows] == HELD)), "only holds expire")
+        invariant(bool(np.all(chunk.view("expires_at_ms")[rows] == times[places])), "a hold expires at its own time")
+        status[rows] = EXPIRED
+        chunk.view("changed_at_ms")[rows] = ledger.at_ms
+        chunk.view("changed_seq")[rows] = ledger.seq
+        chunk.view("version")[rows] += 1
+        chunk.view("action")[rows] = 0
+        second = chunk.view("counter_2")[rows]
+        for row in rows[second == MORE_LINES].tolist():
+            _move_units(ledger, ledger.reservations.lines(chunk, row), HELD, -1)
+        for counter, quantity, here in (
+            ("counter", "quantity", (chunk.view("counter")[rows] != NO_COUNTER) & (second != MORE_LINES)),
+            ("counter_2", "quantity_2", second >= 0),
+        ):
+            which = chunk.view(counter)[rows][here].astype(np.int64)
+            np.subtract.at(counters.view("held"), which, chunk.view(quantity)[rows][here].astype(np.int64))
+            touched.append(which)
+    invariant(left == 0, "what expires must be in memory")
+    changed = np.unique(np.concatenate(touched))
+    invariant(bool(np.all(counters.view("held")[changed] >= 0)), "units of a counter must not fall below zero")
+    counters.view("changed_seq")[changed] = ledger.seq
+    ledger.touched.update(changed.tolist())
+    if ledger.parts:
+        for number in event.numbers:
+            if number in ledger.parts:
+                _owe(ledger, number)
 
 
 def _apply_refused(ledger: Ledger, event: events.Refused) -> None:
@@ -773,15 +1128,20 @@ def _forgettable(ledger: Ledger, event: events.Forgotten) -> list[tuple[int, int
         chunk = place[0]
         numbers, status = chunk.view("number"), chunk.view("status")
         finished = (status >= FULFILLED) & (chunk.view("changed_at_ms") < event.before_ms)
-        past = (status == CONFIRMED) & (ends_at_ms[chunk.view("counter")] < event.before_ms)
+        counter = chunk.view("counter")
+        past = (status == CONFIRMED) & (counter >= 0) & (ends_at_ms[counter] < event.before_ms)
         inside = (numbers >= event.first) & (numbers <= event.last) & (status != GONE)
         rows = np.flatnonzero((finished | past) & inside)
-        found += zip(
-            numbers[rows].tolist(),
-            chunk.view("key_high")[rows].tolist(),
-            chunk.view("key_low")[rows].tolist(),
-            strict=True,
-        )
+        found += [
+            (number, key_high, key_low)
+            for number, key_high, key_low in zip(
+                numbers[rows].tolist(),
+                chunk.view("key_high")[rows].tolist(),
+                chunk.view("key_low")[rows].tolist(),
+                strict=True,
+            )
+            if number not in ledger.owed and number not in ledger.pinned
+        ]
         number = chunk.number[chunk.size - 1] + 1
 
 
@@ -789,6 +1149,8 @@ def _apply_forgotten(ledger: Ledger, event: events.Forgotten) -> None:
     leaving = _forgettable(ledger, event)
     for number, key_high, key_low in leaving:
         ledger.keys.remove(key_high, key_low, number)
+        ledger.parts.pop(number, None)
+        ledger.links.pop(number, None)
     ledger.reservations.remove([number for number, _, _ in leaving])
 
 
@@ -802,6 +1164,9 @@ _APPLY: dict[type, Callable[[Ledger, Any], None]] = {
     events.Moved: _apply_moved,
     events.Fulfilled: _apply_fulfilled,
     events.Expired: _apply_expired,
+    events.PartPrepared: _apply_part_prepared,
+    events.PartSynced: _apply_part_synced,
+    events.PartsSettled: _apply_parts_settled,
     events.Refused: _apply_refused,
     events.PoolDefined: _apply_pool_defined,
     events.CountersDefined: _apply_counters_defined,

@@ -37,7 +37,7 @@ SEQ_MAX = 2**47 - 1
 REFUSED_KEYS_MAX = 65_536
 """Keys of refused requests kept for each shard, oldest forgotten first, so that a retry is counted once."""
 
-EXPIRED_IN_EVENT_MAX = 8_192
+EXPIRED_IN_EVENT_MAX = 16_384
 """Holds that one `expired` event frees: about 250 kB of JSON, found and applied in about 20 ms. A mass expiry is a chain
 of such events, all of them before the next decision."""
 

@@ -35,7 +35,7 @@ class Outcome(StrEnum):
     ALREADY_FULFILLED = "already_fulfilled"
     ALREADY_RELEASED = "already_released"
     LINES_NOT_HELD = "lines_not_held"
-    LINES_ON_DIFFERENT_SHARDS = "lines_on_different_shards"
+    PARTICIPANT_SILENT = "participant_silent"
     SHARD_FULL = "shard_full"
     OVERLOADED = "overloaded"
     DEADLINE_PASSED = "deadline_passed"
@@ -103,6 +103,22 @@ class Refused(Reply, frozen=True):
     detail: str = ""
 
 
+class Prepared(Reply, frozen=True):
+    """A shard has taken what it was asked to prepare, as this part of the reservation."""
+
+    seq: int
+    tx: int
+    part_number: int
+
+
+class Synced(Reply, frozen=True):
+    """A shard's part is at this version of the reservation."""
+
+    seq: int
+    part_number: int
+    version: int
+
+
 class CounterValues(Reply, frozen=True):
     """Counters as they are: for each the values of the read model, in the order of its VALUE_FIELDS."""
 
@@ -132,5 +148,5 @@ class Status(Reply, frozen=True):
     values: dict[str, int | str]
 
 
-ShardReply = Taken | Record | Refused | CounterValues | Planned | Status
+ShardReply = Taken | Record | Refused | Prepared | Synced | CounterValues | Planned | Status
 PlannerReply = Defined | Refused | Status

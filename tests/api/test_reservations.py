@@ -216,15 +216,35 @@ def test_closed_slots_and_those_past_their_cutoff_take_nothing(api: Api) -> None
     assert problem.json()["lines"][0]["cutoff_at"] == "2020-01-01T11:00:00.000Z"
 
 
-def test_lines_of_two_shards_are_refused_as_a_whole(api: Api) -> None:
+def test_lines_of_two_shards_are_taken_all_or_not_at_all(api: Api) -> None:
     pool_id = api.pool()
     first, second = (
-        api.counter(pool_id=pool_id, slot=api.slots_of_one_shard(pool_id, 1, shard)[0]) for shard in (0, 1)
+        api.counter(pool_id=pool_id, slot=api.slots_of_one_shard(pool_id, 1, shard)[0], base=4) for shard in (0, 1)
     )
-    body = {"lines": [line(first), line(second)]}
-    api.request("POST", "/v1/reservations", body, key=fresh("key"), code="lines_on_different_shards")
-    held = api.hold(line(first))
-    _do(api, held, "move", {"lines": [line(second)]}, code="lines_on_different_shards")
+    key, body = fresh("key"), {"ttl_seconds": 600, "lines": [line(first, 3), line(second, 2)]}
+    held = api.request("POST", "/v1/reservations", body, key=key, status=201).json()
+    assert held["lines"] == body["lines"]
+    assert api.request("POST", "/v1/reservations", body, key=key, status=200).json() == held
+    too_much = {"lines": [line(first, 1), line(second, 3)]}
+    refused = api.request("POST", "/v1/reservations", too_much, key=fresh("key"), code="insufficient_capacity").json()
+    assert [(each["slot_id"], each["available"]) for each in refused["lines"]] == [(line(second)["slot_id"], 2)]
+    assert _used(api, first) == 3
+    extended = _do(api, held, "extend", {"ttl_seconds": 900}).json()
+    assert extended["expires_at"] > held["expires_at"]
+    moved = _do(api, held, "move", {"lines": [line(first, 1), line(second, 4)]}).json()
+    assert [each["quantity"] for each in moved["lines"]] == [1, 4]
+    confirmed = _do(api, held, "confirm", {"lines": [line(first, 1), line(second, 3)]}).json()
+    assert confirmed["status"] == "confirmed"
+    assert [each["quantity"] for each in confirmed["lines"]] == [1, 3]
+    assert api.get(f"/v1/reservations/{held['reservation_id']}") == confirmed
+    _do(api, held, "release")
+    api.engine.wait_until(lambda _: (_used(api, first), _used(api, second)) == (0, 0))
+
+
+def _used(api: Api, counter: str) -> int:
+    where = line(counter)
+    used: int = api.get(f"/v1/pools/{where['pool_id']}/slots/{where['slot_id']}")["used"]
+    return used
 
 
 @pytest.mark.parametrize("verb", ["confirm", "release", "fulfil"])

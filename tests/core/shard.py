@@ -307,7 +307,8 @@ def expiries(state: Ledger) -> list[tuple[int, int]]:
     """What would expire when, in order, if nothing else happened. The ledger stays as it is."""
     queue = copy.deepcopy(state.expiry)
     found = []
-    for expires_at_ms, number in queue.due(2**62, 2**62):
+    times, numbers = queue.due(2**62, 2**62)
+    for expires_at_ms, number in zip(times.tolist(), numbers.tolist(), strict=True):
         record = state.reservations.find(number)
         if record is not None:
             chunk, row = record

@@ -19,6 +19,16 @@ from tests.core.shard import EVENING, NIGHT, counted, planned_shard, van
 SLOT_STARTS_MS, SLOT_ENDS_MS, CUTOFF_MS = 50_000, 60_000, 40_000
 KEY = "0" * 31
 NAMES = [("van-north", EVENING), ("van-north", NIGHT)]
+RULES_OF_PARTS = [
+    Rule.PREPARED_TOO_LATE,
+    Rule.PART_GAVE_UP_UNITS,
+    Rule.PART_TOOK_UNPREPARED,
+    Rule.PART_WENT_BACK,
+    Rule.PART_OF_ANOTHER,
+    Rule.EXPIRED_WHILE_PINNED,
+    Rule.PART_LEFT_OUT,
+    Rule.SETTLED_ANOTHER_VERSION,
+]
 
 
 def defined(
@@ -179,6 +189,7 @@ def test_a_broken_rule_is_found(rule: Rule, stream: list[tuple[int, events.Shard
 
 def test_every_rule_has_a_stream_that_breaks_it() -> None:
     with_tests_of_their_own = {Rule.SEQ_SKIPPED, Rule.UNITS_NOT_THE_SUM, Rule.UNITS_BELOW_ZERO}
+    with_tests_of_their_own |= set(RULES_OF_PARTS)  # in test_audit_parts.py
     assert {rule for rule, _ in BROKEN} | with_tests_of_their_own == set(Rule)
 
 

@@ -49,6 +49,16 @@ SHARD_EVENTS: list[list[events.ShardEvent]] = [
         events.Released(131072, 5),
         events.Fulfilled(196608, 6),
     ],
+    [
+        events.Held(
+            [(0, 1)], 1796140000000, "", "", "0" * 32, 7, [(1, 131073, [("pick-dc1", "2026-12-01T10:00-14:00", 7)])]
+        )
+    ],
+    [events.Confirmed(262144017, 82, [(0, 1)], late=False, parts=[(1, 131073, [])])],
+    [events.Moved(262144017, 83, [], [(1, 131073, [("pick-dc1", "2026-12-01T10:00-14:00", 2)])])],
+    [events.PartPrepared(9007199254740993, 1, 0, 0, 0, [(0, 1)], "0" * 32)],
+    [events.PartSynced(131073, 262144017, 2, 2, 0, [(0, 1)])],
+    [events.PartsSettled(262144017, 2)],
 ]
 
 PLANNER_EVENTS: list[list[events.PlannerEvent]] = [
@@ -84,7 +94,8 @@ def test_shard_events_of_schema_1_decode_for_ever(body: bytes, expected: list[ev
     decoded = codec.decode_shard(row_of(body, len(expected)))
     assert decoded == expected
     assert [type(event) for event in decoded] == [type(event) for event in expected]
-    assert codec.encode(decoded) == body
+    written = codec.encode(decoded)  # longer than the old body where fields have been added since
+    assert codec.decode_shard(row_of(written, len(expected))) == expected
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,12 @@ def a_counter_too_many(shard: Shard) -> outcomes.Reply:
         return shard.plan("van-north", "2026-12-02T18:00-20:00", 3)
 
 
+@leads_to(Outcome.DEADLINE_PASSED)
+def a_late_message_of_an_attempt_that_is_over(shard: Shard) -> outcomes.Reply:
+    shard.ask(commands.Prepare(2, 1, 0, 0, 0, key("late"), [van(1)]))
+    return shard.ask(commands.Prepare(1, 1, 0, 0, 0, key("late"), [van(1)]))
+
+
 @pytest.mark.parametrize(("outcome", "story"), OUTCOMES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_an_outcome(shard: Shard, outcome: Outcome, story: Story) -> None:
     assert outcome_of(story(shard)) is outcome

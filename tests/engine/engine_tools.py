@@ -294,6 +294,8 @@ async def running_worker(
         bounds=bounds,
         directory=directory,
         snapshot_seq=recovered.from_seq,
+        shard=shard,
+        peers={},
     )
     running = Running(worker, held, clock, runtime, publisher, shard)
     worker.start_term(held.epoch, held.restart)

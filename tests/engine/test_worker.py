@@ -177,6 +177,8 @@ async def test_a_new_worker_shows_only_what_is_durable(tmp_path: Path) -> None:
         bounds=BOUNDS,
         directory=tmp_path,
         snapshot_seq=recovered.from_seq,
+        shard=0,
+        peers={},
     )
     worker.start_term(journal.epoch, journal.restart)
     worker.publish_all()
