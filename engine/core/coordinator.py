@@ -14,6 +14,9 @@ Theory of operation
 - A shard with a pinned part that hears nothing asks (**doubt**). The home answers with the state of the reservation;
   of an attempt that it neither has under way nor has decided it says that it never was (version 0). It need not
   journal that: attempts are named by term, and none of an ended term can still be decided.
+- A part tells old messages from new ones by two numbers. The number of an attempt rises: an older one pins nothing any
+  more. The version of the reservation rises: news up to the version that an attempt started from does not say what became
+  of it, and a version counts as taken over only when its content was (the one in a prepare may die with its home).
 - Attempts live in memory only. Their units count (`Ledger.attempted_units`) but are not journaled: a home that
   crashes forgets them, and the shards they pinned ask. A client's retry under the same key takes such a part over.
 
