@@ -60,6 +60,11 @@ async def _plan(app: App, command: commands.PutPool | commands.PutCounters) -> o
     return reply
 
 
+def _not_shown(detail: str) -> Refusal:
+    """What was asked for was done, but cannot be shown: whoever asks again with what they know finds out."""
+    return Refusal(problems.problem("outcome_unknown", detail, outcome="outcome_unknown"))
+
+
 async def put_pool(app: App, request: Request, parameters: Parameters) -> Response:
     """PUT /v1/pools/{pool_id}."""
     pool_id = _pool_id(parameters)
@@ -84,7 +89,7 @@ async def put_pool(app: App, request: Request, parameters: Parameters) -> Respon
     defined = await _plan(app, command)
     shown = app.overview.pool(pool_id)
     if shown is None:
-        raise refuse("shard_unavailable", "The pool is defined; the overview does not show it yet.")
+        raise _not_shown("The pool is defined; the overview does not show it yet.")
     headers = ((b"ETag", f'"{shown.version}"'.encode()),)
     return Response(201 if defined.created else 200, orjson.dumps(views.pool(shown)), headers=headers)
 
@@ -109,7 +114,7 @@ async def put_counter(app: App, request: Request, parameters: Parameters) -> Res
     try:
         view = await counter_view(app, pool_id, slot_id)
     except ShardNotPublishedError as error:
-        raise refuse("shard_unavailable", str(error)) from None
+        raise _not_shown(f"The counter is defined; the overview does not show it: {error}") from None
     headers = ((b"ETag", f'"{view["plan_version"]}"'.encode()),)
     return Response(201 if defined.created else 200, orjson.dumps(view), headers=headers)
 

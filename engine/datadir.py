@@ -281,6 +281,13 @@ def runtime_directory(metadata: Metadata, config: Config) -> Path:
     return path
 
 
+def free_runtime(runtime: Path) -> None:
+    """After an orderly stop: give the memory of the read models back and remove the sockets. What says how it ended stays."""
+    for pattern in ("*.rm", "*.sock"):
+        for path in runtime.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file in one step for those who read it. For tmpfs: survives no loss of power."""
     aside = path.with_name(path.name + ".part")

@@ -26,6 +26,8 @@ OUTBOX_BYTES_MAX = 64 * 1024 * 1024
 CONNECTIONS_MAX = 512
 """Api processes, the planner and a few command-line tools connect: far fewer than this."""
 BACKLOG = 128
+ACCEPT_PAUSE_S = 0.1
+"""After accept failed: nobody is served sooner by asking at once."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("service")
 
@@ -161,6 +163,10 @@ async def serve(listener: socket.socket, take: Callable[[Connection, bytes], Non
                 try:
                     peer, _ = listener.accept()
                 except (BlockingIOError, ConnectionAbortedError):
+                    continue
+                except OSError as error:  # no file or no memory left: those connected go on, newcomers wait
+                    log.warning("a connection could not be accepted", error=str(error))
+                    await trio.sleep(ACCEPT_PAUSE_S)
                     continue
                 peer.setblocking(False)
                 if len(connections) >= CONNECTIONS_MAX:

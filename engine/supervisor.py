@@ -173,6 +173,7 @@ def serve(data: Path, config: Config, *, argv_for: ArgvFactory = engine_argv) ->
             argv_for=argv_for,
         )
         trio.run(supervisor.run)
+        datadir.free_runtime(runtime)
     return 0
 
 
