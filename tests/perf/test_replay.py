@@ -9,7 +9,7 @@ from perf import replay
 from perf.load import Statistics
 from perf.replay import Order, Result
 
-VAN, PICK, SLOT = "van-1", "pick-dc1", "2027-12-26T08:00-10:00"
+VAN, PICK, SLOT = "van-2", "pick-dc1", "2027-12-26T08:00-10:00"
 
 
 def order(ref: str, day: dt.date = dt.date(2017, 12, 24), lines: int = 3) -> Order:
@@ -54,17 +54,33 @@ def test_days_without_orders_count() -> None:
     assert replay.make_limits(orders)[PICK, 6, 8] == 1
 
 
-def accepted(*reservations: str) -> Result:
-    return Result(accepted=True, reservations=reservations)
-
-
+SHARDS = 2
 ORDERS = [order("a"), order("b"), order("c")]
-RESULTS = {"a": accepted("r1", "r2"), "b": Result(accepted=False, reservations=(), released="r3"), "c": replay.REFUSED}
+RESULTS = {"a": Result("r1"), "b": replay.REFUSED, "c": replay.REFUSED}
 LIMITS = {(VAN, SLOT): 1, (PICK, SLOT): 5}
+
+
+def told(lines: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    return [{"pool_id": pool_id, "slot_id": slot_id, "quantity": units} for (pool_id, slot_id), units in lines.items()]
+
+
+def made(ref: str, number: str) -> dict[str, Any]:
+    data = {"order_ref": ref, "channel": "replay", "reservation_id": number, "lines": told(order(ref).lines)}
+    return {"event": "confirmed_at_once", "position": "0-1", "data": data}
+
+
+def synced(number: str | None, status: str) -> dict[str, Any]:
+    data = {"reservation_id": number, "version": 1, "status": status, "lines": told({(PICK, SLOT): 3})}
+    return {"event": "part_synced", "position": "1-2", "data": data}
+
+
 EVENTS: list[dict[str, Any]] = [
-    {"event": "confirmed_at_once", "data": {"channel": "replay", "reservation_id": number}}
-    for number in ("r1", "r2", "r3")
-] + [{"event": "released", "data": {"reservation_id": "r3"}}]
+    {"event": "part_prepared", "position": "1-1", "data": {"home_shard": 0, "attempt": 7, "lines": []}},
+    made("a", "r1"),
+    synced("r1", "confirmed"),
+    synced(None, "released"),
+    {"event": "parts_settled", "position": "0-2", "data": {"reservation_id": "r1", "version": 1}},
+]
 
 
 def counters(van: int, pick: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -77,33 +93,56 @@ def test_counters_are_compared_with_what_was_acknowledged() -> None:
     assert len(list(replay.check_counters(ORDERS, RESULTS, LIMITS, {}))) == 2
 
 
+def test_van_and_warehouse_of_this_order_lie_on_two_shards() -> None:
+    assert ORDERS[0].lines_elsewhere(SHARDS) == {(PICK, SLOT): 3}
+    assert ORDERS[0].lines_elsewhere(1) == {}
+
+
 def test_the_feed_is_compared_with_what_was_acknowledged() -> None:
-    assert list(replay.check_feed(RESULTS, EVENTS)) == []
-    for wrong in (EVENTS[1:], [*EVENTS, EVENTS[0]], EVENTS[:-1]):
-        assert len(list(replay.check_feed(RESULTS, wrong))) == 1
+    def problems(events: list[dict[str, Any]]) -> list[str]:
+        return list(replay.check_feed(ORDERS, RESULTS, events, SHARDS))
+
+    assert problems(EVENTS) == []
+    half = made("a", "r1")
+    half["data"]["lines"].pop()
+    for wrong, named in (
+        ([*EVENTS, EVENTS[1]], "the feed tells"),
+        ([*EVENTS, made("b", "r9")], "r9: in the feed, and not acknowledged"),
+        ([EVENTS[0], *EVENTS[2:]], "the feed tells []"),
+        ([half, *EVENTS[2:]], "the feed tells"),
+        ([*EVENTS[:2], synced("r1", "released"), *EVENTS[3:]], "on other shards are {}"),
+        (EVENTS[:-1], "settled 0 times"),
+    ):
+        (found,) = problems(wrong)
+        assert named in found
 
 
-def test_the_second_pass_may_only_find_what_a_first_leg_gave_back() -> None:
+def test_who_is_accepted_after_a_refusal_must_have_met_an_attempt() -> None:
+    again = RESULTS | {"c": Result("r4")}
+    assert list(replay.check_asked_again(ORDERS, RESULTS, again, SHARDS)) == []
+    # On one shard nobody waits for another one, so nobody can have been in the way.
+    assert len(list(replay.check_asked_again(ORDERS, RESULTS, again, 1))) == 1
+
+
+def test_the_second_pass_changes_nothing() -> None:
     def problems(second: dict[str, Result], events: list[dict[str, Any]]) -> int:
-        return len(list(replay.check_twice(ORDERS, RESULTS, second, events)))
+        return len(list(replay.check_twice(RESULTS, second, events)))
 
-    def made(ref: str, number: str) -> dict[str, Any]:
-        return {
-            "event": "confirmed_at_once",
-            "position": "0-1",
-            "data": {"order_ref": ref, "channel": "replay", "reservation_id": number},
-        }
-
+    refused = {"event": "refused", "position": "1-9", "data": {"order_ref": "b"}}
     assert problems(RESULTS, []) == 0
-    assert problems(RESULTS | {"c": accepted("r4")}, [made("c", "r4")]) == 0
-    assert problems(RESULTS | {"a": accepted("r5", "r6")}, [made("a", "r5"), made("a", "r6")]) == 3
-    assert problems(RESULTS, [made("b", "r7")]) == 1
-    assert problems(RESULTS, [EVENTS[-1] | {"position": "0-2"}]) == 1
+    assert problems(RESULTS, [refused]) == 0
+    assert problems(RESULTS, [refused | {"data": {"order_ref": "a"}}]) == 1
+    assert problems(RESULTS, [made("a", "r5")]) == 1
+    assert problems(RESULTS, [synced(None, "released")]) == 1
+    assert problems(RESULTS | {"a": Result("r5")}, []) == 1
+    assert problems(RESULTS | {"c": Result("r4")}, [made("c", "r4")]) == 2
+    assert problems({"a": RESULTS["a"]}, []) == 2
 
 
 def test_refusals_are_told_by_month() -> None:
     done = replay.Pass(RESULTS, [], 2.0, [1.0, 2.0, 3.0], Statistics(6, 1, 0, 0, {}))
-    figures = replay.summary(ORDERS, done)
+    figures = replay.summary(ORDERS, done, SHARDS)
     assert (figures["accepted"], figures["refused"], figures["refused_by_month"]) == (1, 2, {"2017-12": 2})
     assert (figures["orders_per_second"], figures["request_ms_max"]) == (1.5, 3.0)
+    assert figures["over_shards"] == 3
     assert replay.units_of(ORDERS, RESULTS) == Counter({(VAN, SLOT): 1, (PICK, SLOT): 3})
