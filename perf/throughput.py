@@ -1,13 +1,19 @@
-"""How many single reservations a second go in over HTTP, become durable and are answered, beside the same HTTP layer empty.
+"""How many reservations a second go in over HTTP, become durable and are answered, beside the same HTTP layer empty.
 
     python perf/throughput.py [--rounds R] [--seconds S] [--connections C] [--shards N] [--api N] [--json FILE]
 
-Each request is a reservation, confirmed at once, of one unit of a counter drawn from 500, with an Idempotency-Key of its own.
-wrk sends them over 64 connections. The other side is `perf/empty_handler.py serve`: the same HTTP layer, as many processes,
-an empty JSON object for an answer. The two take turns, so that both meet the same weather; medians and spreads are over the
-rounds. Beside what wrk counts stands the CPU time of each role's processes for each request, which says where time goes.
+Three sides take turns, so that all meet the same weather; wrk sends over 64 connections:
+- `reservations`: each request is a reservation, confirmed at once, of one unit of a counter drawn from 500, with an
+  Idempotency-Key of its own;
+- `pairs`: the same of one unit each of two counters that lie on different shards, drawn from 500 such pairs (not with one
+  shard, which has none);
+- `empty`: `perf/empty_handler.py serve`, the same HTTP layer, as many processes, an empty JSON object for an answer.
+Medians and spreads are over the rounds. Beside what wrk counts stands the CPU time of each role's processes for each request,
+which says where time goes. What a turn left to be told between shards is told in the next side's time: some thousands of small
+messages at most.
 
-The promise is a ratio of at least one half. Without wrk this program says so and exits 0: nothing was measured.
+The promise is that reservations come to at least half of the empty handler's rate; pairs are measured beside reservations, and
+nothing is promised of them. Without wrk this program says so and exits 0: nothing was measured.
 
 Not promised: that wrk's latencies are those of customers. It waits for an answer before it asks again, so it hides
 queueing; and on the same cores it takes its share of them.
@@ -32,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import orjson
 import trio
 
+from engine.core.sharding import shard_of_counter
 from perf.engine import Engine, cpu_seconds, surroundings
 from perf.load import Address, Client
 
@@ -42,6 +49,7 @@ CAPACITY = 1_000_000_000
 FIRST_DATE = "2030-01-01"
 WRK_THREADS = 2
 ROUND_SECONDS_SPARE = 30
+SCRIPT_NAME = "reservations.lua"
 
 _SCRIPT = """
 local threads = 0
@@ -99,6 +107,33 @@ def _counter_names() -> list[tuple[str, str]]:
     ]
 
 
+def _bodies(reservations: list[list[tuple[str, str]]]) -> str:
+    """One request body a line, each for one unit of each of its counters."""
+    return "".join(
+        orjson.dumps(
+            {
+                "order_ref": "SO-4711",
+                "lines": [{"pool_id": pool_id, "slot_id": slot_id, "quantity": 1} for pool_id, slot_id in counters],
+            }
+        ).decode()
+        + "\n"
+        for counters in reservations
+    )
+
+
+def _pairs(shards: int) -> list[list[tuple[str, str]]]:
+    """Each counter, followed by the next one of another shard. Empty with one shard."""
+    names = _counter_names()
+    owners = [shard_of_counter(*name, shards) for name in names]
+    pairs = []
+    for place, name in enumerate(names):
+        following = (*range(place + 1, len(names)), *range(place))
+        other = next((names[far] for far in following if owners[far] != owners[place]), None)
+        if other is not None:
+            pairs.append([name, other])
+    return pairs
+
+
 async def _seed(address: Address) -> None:
     client = Client(address)
     try:
@@ -115,7 +150,7 @@ async def _seed(address: Address) -> None:
         client.close()
 
 
-def _drive(port: int, run: str, directory: Path, connections: int, seconds: int) -> dict[str, Any]:
+def _drive(port: int, run: str, bodies: Path, connections: int, seconds: int) -> dict[str, Any]:
     """What wrk counted. Raises RuntimeError where not every request was answered well."""
     command = [
         "wrk",
@@ -123,11 +158,11 @@ def _drive(port: int, run: str, directory: Path, connections: int, seconds: int)
         f"-c{connections}",
         f"-d{seconds}s",
         "-s",
-        str(directory / "reservations.lua"),
+        str(bodies.with_name(SCRIPT_NAME)),
         f"http://127.0.0.1:{port}",
         "--",
         run,
-        str(directory / "bodies.jsonl"),
+        str(bodies),
     ]
     words = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=seconds + ROUND_SECONDS_SPARE
@@ -209,19 +244,14 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
 
 
 def measure(*, rounds: int, seconds: int, connections: int, shards: int, api: int) -> dict[str, Any]:
-    """Both sides in turns. Returns the report."""
+    """All sides in turns. Returns the report."""
     report = surroundings()
-    measured: dict[str, list[Round]] = {"reservations": [], "empty": []}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slotkeeper-throughput-")))
-        (directory / "reservations.lua").write_text(_SCRIPT, encoding="ascii")
-        bodies = [
-            orjson.dumps(
-                {"order_ref": "SO-4711", "lines": [{"pool_id": pool_id, "slot_id": slot_id, "quantity": 1}]}
-            ).decode()
-            for pool_id, slot_id in _counter_names()
-        ]
-        (directory / "bodies.jsonl").write_text("\n".join(bodies) + "\n", encoding="ascii")
+        (directory / SCRIPT_NAME).write_text(_SCRIPT, encoding="ascii")
+        single, pair = directory / "single.jsonl", directory / "pairs.jsonl"
+        single.write_text(_bodies([[name] for name in _counter_names()]), encoding="ascii")
+        pair.write_text(_bodies(_pairs(shards)), encoding="ascii")
         engine = stack.enter_context(Engine(directory / "data", shards=shards, api_processes=api))
         trio.run(_seed, engine.address)
         pids = _engine_pids(engine)
@@ -231,11 +261,18 @@ def measure(*, rounds: int, seconds: int, connections: int, shards: int, api: in
             "seconds": seconds,
             "processes": {role: len(role_pids) for role, role_pids in pids.items()},
         }
-        sides = {"reservations": (engine.address.port, pids), "empty": (empty.port, empty.pids)}
+        sides = {
+            "reservations": (engine.address.port, pids, single),
+            "pairs": (engine.address.port, pids, pair),
+            "empty": (empty.port, empty.pids, single),
+        }
+        if shards == 1:
+            del sides["pairs"]
+        measured: dict[str, list[Round]] = {side: [] for side in sides}
         for number in range(rounds):
-            for side, (port, side_pids) in sides.items():
+            for side, (port, side_pids, bodies) in sides.items():
                 before = _cpu_by_role(side_pids)
-                result = _drive(port, f"{os.getpid()}-{number}", directory, connections, seconds)
+                result = _drive(port, f"{os.getpid()}-{side}-{number}", bodies, connections, seconds)
                 after = _cpu_by_role(side_pids)
                 one = _round(result, {role: after[role] - before[role] for role in after})
                 measured[side].append(one)
@@ -246,20 +283,24 @@ def measure(*, rounds: int, seconds: int, connections: int, shards: int, api: in
                     flush=True,
                 )
     report |= {side: _summary(side_rounds) for side, side_rounds in measured.items()}
-    of_empty = [
-        full.requests_per_second / bare.requests_per_second
-        for full, bare in zip(measured["reservations"], measured["empty"], strict=True)
-    ]
-    report["ratio"] = {
-        "median": round(statistics.median(of_empty), 3),
-        "lowest": round(min(of_empty), 3),
-        "highest": round(max(of_empty), 3),
-    }
+    report["ratio"] = _ratio(measured["reservations"], measured["empty"])
+    if "pairs" in measured:
+        report["ratio_of_pairs"] = _ratio(measured["pairs"], measured["reservations"])
     return report
 
 
+def _ratio(rounds: list[Round], of_rounds: list[Round]) -> dict[str, float]:
+    """The rate of one side as a share of another's, round by round."""
+    ratios = [one.requests_per_second / other.requests_per_second for one, other in zip(rounds, of_rounds, strict=True)]
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "lowest": round(min(ratios), 3),
+        "highest": round(max(ratios), 3),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure single reservations beside an empty handler.")
+    parser = argparse.ArgumentParser(description="Measure reservations beside an empty handler.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--connections", type=int, default=64)
@@ -277,16 +318,23 @@ def main() -> None:
         shards=arguments.shards,
         api=arguments.api,
     )
-    for side in ("reservations", "empty"):
+    for side in ("reservations", "pairs", "empty"):
+        if side not in report:
+            continue
         rates = report[side]["requests_per_second"]
         print(
             f"{side:12} median {rates['median']:,}/s (from {rates['lowest']:,} to {rates['highest']:,}), "
             f"p50 {report[side]['p50_ms']} ms, p99 {report[side]['p99_ms']} ms, max {report[side]['max_ms']} ms"
         )
-    ratio = report["ratio"]
-    print(f"ratio        median {ratio['median']} (from {ratio['lowest']} to {ratio['highest']}); promised: 0.5")
+    _say_ratio("reservations to empty", report["ratio"], "promised: 0.5")
+    if "ratio_of_pairs" in report:
+        _say_ratio("pairs to reservations", report["ratio_of_pairs"], "nothing is promised")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _say_ratio(what: str, ratio: dict[str, float], promise: str) -> None:
+    print(f"{what}: median {ratio['median']} (from {ratio['lowest']} to {ratio['highest']}); {promise}")
 
 
 if __name__ == "__main__":
