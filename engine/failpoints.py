@@ -5,11 +5,14 @@ the seventh time. The variable reaches all processes of an engine and their succ
 workers die again and again. `"after_append:kill:7:/tmp/x/died"` does it once in all: whoever is first to create that file
 acts, and the file holds its process id. Without the variable, passing a place costs one comparison.
 
+A place may count only when a condition holds, which is looked at only where the environment names the place.
+
 Not for operators: the variable is read once, at import, and nothing sets it but the tests of crash recovery.
 """
 
 import os
 import signal
+from collections.abc import Callable
 
 _SPEC = os.environ.get("SLOTKEEPER_FAILPOINT", "")
 _NAME, _, _REST = _SPEC.partition(":")
@@ -20,9 +23,9 @@ _passes_left = int(_COUNT or "1")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
-def failpoint(name: str) -> None:
+def failpoint(name: str, applies: Callable[[], bool] | None = None) -> None:
     """Do here what the environment asks for, if anything."""
-    if name != _NAME:
+    if name != _NAME or (applies is not None and not applies()):
         return
     global _passes_left  # noqa: PLW0603 - one countdown for the process
     _passes_left -= 1

@@ -362,6 +362,10 @@ class Worker:
         if sealed.events:
             self._commit_began_ms = self._clock.monotonic_ms()
             failpoint("before_append")
+            # The home: other shards have agreed to what this batch decides.
+            failpoint(
+                "before_append_of_decision", lambda: any(getattr(event, "parts", None) for event in sealed.events)
+            )
             try:
                 row = await self._journal.append(
                     count=len(sealed.events),
@@ -372,6 +376,10 @@ class Worker:
             except JournalWriteError as error:
                 die(f"the outcome of a write is unknown: {error}")
             failpoint("after_append")
+            # Another shard: its part is pinned, and the home waits for the answer.
+            failpoint(
+                "after_append_of_part", lambda: any(isinstance(event, events.PartPrepared) for event in sealed.events)
+            )
             self._commit_began_ms = None
             self._counts["commits"] += 1
             self._counts["events"] += row.count
