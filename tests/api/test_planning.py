@@ -95,7 +95,7 @@ def test_names_that_no_pool_can_have(api: Api, pool_id: str) -> None:
     api.request("PUT", f"/v1/pools/{pool_id}/slots/{slot_id()}", {"base": 1}, code="invalid_request")
 
 
-@pytest.mark.parametrize("pool_id", ["a" * 64, "0", "A.b_c-d", "a..", "v1"])
+@pytest.mark.parametrize("pool_id", ["a" * 64, "Q", "0-names", "A.b_c-d", "a..", "v1"])
 def test_names_that_a_pool_can_have(api: Api, pool_id: str) -> None:
     assert api.request("PUT", f"/v1/pools/{pool_id}", POOL, status=201).json()["pool_id"] == pool_id
 
