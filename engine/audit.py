@@ -30,6 +30,7 @@ import heapq
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from datetime import date, timedelta
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -60,6 +61,9 @@ FINDINGS_MAX = 1_000
 """Findings kept; more are only counted. A journal with a thousand of them needs a person, not a longer list."""
 
 _NEVER_MS = 2**63
+_DAY_MS = 86_400_000
+_DAYS_MAX = 2_900_000
+"""So many days after 1970 the year still has four digits."""
 _NUMBER_BITS = 64
 _UNDECIDED = frozenset(
     {events.TermStarted, events.Expired, events.PoolDefined, events.CountersDefined, events.Forgotten}
@@ -793,7 +797,7 @@ class Auditor:
             self.overcommitments.append(Overcommitment(self._seq, counter.name, used, counter.limit, None))
 
     def _forgotten(self, event: events.Forgotten) -> None:
-        """Drop what the event names: finished before, or confirmed for a first slot that had ended before."""
+        """Drop what the event names: finished before, or confirmed for slots that had all ended before."""
         start = bisect_left(self._numbers, event.first)
         for number in self._numbers[start : bisect_right(self._numbers, event.last)]:
             record = self._records.get(number)
@@ -801,11 +805,8 @@ class Auditor:
                 continue
             if record.status >= FULFILLED:
                 leaves = record.changed_at_ms < event.before_ms
-            elif not record.lines:
-                leaves = False
             else:
-                ends_at_ms = self._counters[record.lines[0][0]].ends_at_ms
-                leaves = record.status == CONFIRMED and ends_at_ms < event.before_ms
+                leaves = record.status == CONFIRMED and self._ended_before(number, record, event.before_ms)
             if not leaves:
                 continue
             del self._records[number]
@@ -820,6 +821,17 @@ class Auditor:
         if len(self._numbers) > 2 * len(self._records):
             self._numbers = array("q", self._records)
 
+    def _ended_before(self, number: int, record: _Record, before_ms: int) -> bool:
+        """Whether every slot had ended: of parts elsewhere the date is known, and two days later it is over anywhere."""
+        for row, _ in record.lines:
+            if self._counters[row].ends_at_ms >= before_ms:
+                return False
+        elsewhere = [slot_id for _, lines in self._elsewhere.get(number, {}).values() for _, slot_id in lines]
+        if not record.lines and not elsewhere:
+            return False
+        oldest = _date(before_ms - 2 * _DAY_MS)
+        return all(slot_id.partition("T")[0] < oldest for slot_id in elsewhere)
+
     def _may_leave(self, number: int) -> bool:
         link = self._links.get(number)
         return link is None or not link.is_pinned
@@ -827,6 +839,12 @@ class Auditor:
 
 def _by_name(lines: list[events.NamedUnits]) -> dict[CounterName, int]:
     return {(pool_id, slot_id): units for pool_id, slot_id, units in lines}
+
+
+def _date(at_ms: int) -> str:
+    """The UTC date of an instant, as slot ids begin with it."""
+    span = timedelta(days=min(max(at_ms // _DAY_MS, 0), _DAYS_MAX))
+    return (date(1970, 1, 1) + span).isoformat()
 
 
 def _takes_any(parts: list[events.PartUnits] | None) -> bool:

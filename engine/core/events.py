@@ -173,7 +173,12 @@ class CountersDefined(Event, frozen=True, tag="counters_defined"):
 
 
 class Forgotten(Event, frozen=True, tag="forgotten"):
-    """Records with numbers in [first, last] that were finished before `before_ms` left memory."""
+    """Records with numbers in [first, last] that were over before `before_ms` left memory.
+
+    Those are the finished ones that had not changed since, and the confirmed ones whose slots had all ended: of the lines
+    here by their counters' ends, of the lines on other shards by the date in the slot id, which must lie before the UTC date
+    of `before_ms` less two days. What is owed to other shards, and parts that are pinned, stays.
+    """
 
     first: int
     last: int

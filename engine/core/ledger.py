@@ -27,6 +27,7 @@ Theory of operation
 Not promised: durability, uniqueness of an idempotency key beyond the life of its record, anything across shards.
 """
 
+import datetime as dt
 from collections.abc import Callable
 from struct import Struct
 from typing import Any, NamedTuple
@@ -66,6 +67,13 @@ from engine.core.slots import Cutoff, cutoff_at_ms, resolve
 ONE_BY_ONE_MAX = 64
 """Below so many, single steps are faster than arrays."""
 
+DAY_MS = 86_400_000
+DAYS_MAX = 2_900_000
+"""Days after 1970-01-01 that are surely a date with a year of four digits."""
+PART_ENDS_DAYS_MAX = 2
+"""A slot of local date D ends on D + 1, and no zone is more than 12 hours behind UTC: over by the noon of D + 2."""
+
+_ORDINAL_OF_1970 = 719_163
 _KEY_HALVES = Struct("<qq")
 
 _REFUSALS: dict[int, Outcome] = {
@@ -242,9 +250,11 @@ def expire_one(ledger: Ledger, number: int, now_ms: int) -> events.Expired | Non
 
 
 def forget(ledger: Ledger, from_number: int, now_ms: int, rules: Rules) -> tuple[events.Forgotten | None, int]:
-    """Look through the next records for finished ones that have been kept long enough.
+    """Look through the next records for those that have been kept long enough.
 
-    Returns the event, or None where there is nothing to forget, and the number to go on from (0: all looked through).
+    Finished ones are kept from their last change on, confirmed ones from the end of the last of their slots on, parts
+    elsewhere included. Returns the event, or None where there is nothing to forget, and the number to go on from (0: all
+    looked through).
     """
     found = ledger.reservations.chunk_of(from_number)
     if found is None:
@@ -1117,7 +1127,10 @@ def _apply_counters_defined(ledger: Ledger, event: events.CountersDefined) -> No
 
 
 def _forgettable(ledger: Ledger, event: events.Forgotten) -> list[tuple[int, int, int]]:
-    """(number, key_high, key_low) of the records this event names: finished, or confirmed for a slot long past."""
+    """(number, key_high, key_low) of the records this event names: finished, or confirmed for slots that are all long past.
+
+    One or two lines are looked at with arrays, more of them and parts elsewhere one by one (`_has_ended`).
+    """
     found: list[tuple[int, int, int]] = []
     number = event.first
     ends_at_ms = ledger.counters.view("ends_at_ms") if len(ledger.counters) else np.zeros(0, np.int64)
@@ -1128,21 +1141,48 @@ def _forgettable(ledger: Ledger, event: events.Forgotten) -> list[tuple[int, int
         chunk = place[0]
         numbers, status = chunk.view("number"), chunk.view("status")
         finished = (status >= FULFILLED) & (chunk.view("changed_at_ms") < event.before_ms)
-        counter = chunk.view("counter")
-        past = (status == CONFIRMED) & (counter >= 0) & (ends_at_ms[counter] < event.before_ms)
+        past = status == CONFIRMED
+        for field in ("counter", "counter_2"):
+            counter = chunk.view(field)
+            past &= (counter < 0) | (ends_at_ms[np.maximum(counter, 0)] < event.before_ms)
+        unclear = past & ((chunk.view("counter") == NO_COUNTER) | (chunk.view("counter_2") == MORE_LINES))
         inside = (numbers >= event.first) & (numbers <= event.last) & (status != GONE)
         rows = np.flatnonzero((finished | past) & inside)
         found += [
             (number, key_high, key_low)
-            for number, key_high, key_low in zip(
+            for row, number, key_high, key_low in zip(
+                rows.tolist(),
                 numbers[rows].tolist(),
                 chunk.view("key_high")[rows].tolist(),
                 chunk.view("key_low")[rows].tolist(),
                 strict=True,
             )
-            if number not in ledger.owed and number not in ledger.pinned
+            if number not in ledger.owed
+            and number not in ledger.pinned
+            and (
+                not past[row]
+                or not (unclear[row] or number in ledger.parts)
+                or _has_ended(ledger, chunk, row, event.before_ms)
+            )
         ]
         number = chunk.number[chunk.size - 1] + 1
+
+
+def _has_ended(ledger: Ledger, chunk: Chunk, row: int, before_ms: int) -> bool:
+    """Whether every slot of a reservation had ended before.
+
+    Of a part's slot only the id is known here. It ends on the day after its local date at the latest, which is over in every
+    zone two days later by UTC.
+    """
+    lines = ledger.reservations.lines(chunk, row)
+    slot_ids = [line[1] for part in ledger.parts.get(chunk.number[row], ()) for line in part.lines]
+    if not lines and not slot_ids:
+        return False
+    days = before_ms // DAY_MS - PART_ENDS_DAYS_MAX
+    date = dt.date.fromordinal(_ORDINAL_OF_1970 + min(max(days, 0), DAYS_MAX)).isoformat()
+    return all(ledger.counters.ends_at_ms[counter] < before_ms for counter, _ in lines) and all(
+        slot_id[: len(date)] < date for slot_id in slot_ids
+    )
 
 
 def _apply_forgotten(ledger: Ledger, event: events.Forgotten) -> None:

@@ -911,6 +911,50 @@ def test_what_is_confirmed_is_forgotten_long_after_its_slot(shard: Shard) -> Non
     assert shard.units() == (0, 1, 0, 0)
 
 
+LATER = "2026-12-05T18:00-20:00"
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("lines", [[van(1)], [van(1), van(1, NIGHT), pick(1)]], ids=["two lines", "four lines"])
+def test_what_is_confirmed_is_kept_until_the_last_of_its_slots_is_long_past(
+    shard: Shard, lines: list[Line], shuffled: bool
+) -> None:
+    shard.plan("van-north", LATER, 5)
+    lines = [*lines, van(1, LATER)]
+    number = shard.confirmed(*(lines[::-1] if shuffled else lines))
+    shard.now_ms = resolve(LATER, ZONE).ends_at_ms + RULES.finished_keep_ms
+    shard.forget_all()
+    assert shard.status(number) == CONFIRMED
+    shard.now_ms += 1
+    shard.forget_all()
+    assert outcome_of(shard.look(number)) is Outcome.UNKNOWN_RESERVATION
+    assert shard.units() == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("own_lines", [True, False])
+def test_a_reservation_is_kept_until_its_parts_elsewhere_are_past_in_every_zone(shard: Shard, own_lines: bool) -> None:
+    """Their instants are not known at home, their dates are: three days after the midnight (UTC) that begins the date."""
+    parts = [(1, 70, [("pick-far", "2026-12-03T22:00-02:00", 1), ("pick-far", LATER, 1)]), (2, 71, [("x", MORNING, 2)])]
+    number = shard.confirmed(van(1))
+    shard.apply(events.Moved(number, 7, [(shard.row("van-north", EVENING), 1)] if own_lines else [], parts))
+    shard.now_ms = resolve("2026-12-08T00:00-01:00", "UTC").starts_at_ms + RULES.finished_keep_ms - 1
+    shard.apply(events.PartsSettled(number, 2))
+    shard.forget_all()
+    assert shard.status(number) == CONFIRMED
+    shard.now_ms += 1
+    shard.forget_all()
+    assert outcome_of(shard.look(number)) is Outcome.UNKNOWN_RESERVATION
+    assert number not in shard.ledger.parts
+
+
+def test_a_reservation_whose_news_is_owed_is_not_forgotten(shard: Shard) -> None:
+    number = shard.confirmed(van(1))
+    shard.apply(events.Moved(number, 7, [], [(1, 70, [("pick-far", LATER, 1)])]))
+    shard.now_ms += 99 * DAY_MS
+    shard.forget_all()
+    assert shard.status(number) == CONFIRMED
+
+
 def test_what_is_held_is_never_forgotten() -> None:
     shard = planned_shard(PATIENT)
     number = shard.held(van(1), ttl_ms=9 * DAY_MS)
