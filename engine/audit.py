@@ -8,7 +8,9 @@ What it proves
 - taking units never makes `used` pass `limit`, and nothing is taken of a counter that is closed or past its cut-off;
 - `used` above `limit` comes from a plan that lowered the limit, and each such time is listed, with its end;
 - every step of a reservation is legal by STEPS below, and no key makes two live records;
-- holds expire at their own time, not before it, and before anything else is decided at or after it;
+- holds expire at their own time and not before it. A million that are due at once are freed in many events, with decisions
+  in between; what each of those keeps to: no step is taken on a hold that is due and has not been expired, and nobody is
+  refused for `insufficient_capacity` on a counter where such holds still take units;
 - a refusal had a cause;
 - terms, plans, positions rise and time does not go back;
 - parts of reservations whose home is another shard take units as everything does: they are prepared within the limits, never
@@ -60,16 +62,11 @@ STEPS: dict[tuple[int, str], int] = {
 FINDINGS_MAX = 1_000
 """Findings kept; more are only counted. A journal with a thousand of them needs a person, not a longer list."""
 
-_NEVER_MS = 2**63
 _DAY_MS = 86_400_000
 _DAYS_MAX = 2_900_000
 """So many days after 1970 the year still has four digits."""
 _NUMBER_BITS = 64
-_UNDECIDED = frozenset(
-    {events.TermStarted, events.Expired, events.PoolDefined, events.CountersDefined, events.Forgotten}
-)
-"""Events that answer no customer: they may come before the holds that are due have been expired."""
-
+_NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 Lines = tuple[events.CounterUnits, ...]
 CounterName = tuple[str, str]
 """pool_id and slot_id."""
@@ -198,6 +195,7 @@ class _Counter:
         "limit",
         "name",
         "overcommitment",
+        "overdue",
         "refused",
         "units",
     )
@@ -216,6 +214,8 @@ class _Counter:
         self.left = [0, 0, 0]
         """The part of `units` whose records have been forgotten."""
         self.refused = 0
+        self.overdue = 0
+        """Units of the holds in `Auditor._overdue`."""
         self.overcommitment: int | None = None
         """Index in `Auditor.overcommitments` of the one that is not over."""
 
@@ -268,7 +268,8 @@ class Auditor:
         self._keys: set[bytes] = set()
         self._due: list[int] = []
         """A heap of `expires_at_ms << _NUMBER_BITS | number`; entries of what is no longer held are passed over."""
-        self._due_next_ms = _NEVER_MS
+        self._overdue: set[int] = set()
+        """Holds that have left the heap, found due and not expired when somebody was refused. `_Counter.overdue` has them."""
         self._fold: dict[type, Callable[[Any], None]] = {
             events.TermStarted: self._term_started,
             events.Held: self._held,
@@ -296,10 +297,9 @@ class Auditor:
             self._find(Rule.TIME_WENT_BACK, f"{at_ms} ms comes after {self._at_ms} ms", seq=seq)
         self._seq = seq
         self._at_ms = at_ms
-        kind = type(event)
-        if at_ms >= self._due_next_ms and kind not in _UNDECIDED:
-            self._look_for_overdue_holds()
-        self._fold[kind](event)
+        self._fold[type(event)](event)
+        if self._due and self._due[0] >> _NUMBER_BITS <= at_ms:
+            self._pass_over_what_is_done()
 
     def recount(self) -> None:
         """Compare the units of every counter with the sum of its reservations' lines. Takes about 0.3 s a million."""
@@ -404,20 +404,48 @@ class Auditor:
             name = None if counter is None else counter.name
             self.findings.append(Finding(self._seq if seq is None else seq, what, name, number, detail))
 
-    def _look_for_overdue_holds(self) -> None:
-        """A decision must find nothing held whose time has come."""
+    # --- holds that are due -------------------------------------------------------------------------------------------
+
+    def _is_due(self, number: int, record: _Record, expires_at_ms: int) -> bool:
+        """Whether it is a hold that should have expired by now. What is pinned waits for its home."""
+        if record.status != HELD or record.expires_at_ms != expires_at_ms or expires_at_ms > self._at_ms:
+            return False
+        link = self._links.get(number) if self._links else None
+        return link is None or not link.is_pinned
+
+    def _pass_over_what_is_done(self) -> None:
+        """Take from the front of the heap what has expired or was never to: it would grow with the journal."""
+        due = self._due
+        while due and due[0] >> _NUMBER_BITS <= self._at_ms:
+            record = self._records.get(due[0] & _NUMBER_MASK)
+            if record is not None and self._is_due(due[0] & _NUMBER_MASK, record, due[0] >> _NUMBER_BITS):
+                return
+            heapq.heappop(due)
+
+    def _count_overdue_holds(self) -> None:
+        """Bring `_Counter.overdue` up to now. Each hold is counted once, however many are refused meanwhile."""
         due = self._due
         while due and due[0] >> _NUMBER_BITS <= self._at_ms:
             entry = heapq.heappop(due)
-            expires_at_ms, number = entry >> _NUMBER_BITS, entry & (1 << _NUMBER_BITS) - 1
+            number = entry & _NUMBER_MASK
             record = self._records.get(number)
-            link = self._links.get(number)
-            if link is not None and link.is_pinned:
-                continue
-            if record is not None and record.status == HELD and record.expires_at_ms == expires_at_ms:
-                detail = f"a decision at {self._at_ms} ms, but this hold was due at {expires_at_ms} ms"
-                self._find(Rule.HOLD_OVERDUE, detail, number=number)
-        self._due_next_ms = due[0] >> _NUMBER_BITS if due else _NEVER_MS
+            if record is not None and self._is_due(number, record, entry >> _NUMBER_BITS):
+                self._overdue.add(number)
+                for row, units in record.lines:
+                    self._counters[row].overdue += units
+
+    def _no_longer_overdue(self, number: int, record: _Record) -> None:
+        """A hold that `_overdue` may name is about to change: with the lines and the status that it was counted with."""
+        if number in self._overdue:
+            self._overdue.remove(number)
+            for row, units in record.lines:
+                self._counters[row].overdue -= units
+
+    def _check_not_due(self, number: int, record: _Record) -> None:
+        """A step must not find its hold due."""
+        if record.expires_at_ms <= self._at_ms and self._is_due(number, record, record.expires_at_ms):
+            detail = f"a step at {self._at_ms} ms, but this hold was due at {record.expires_at_ms} ms"
+            self._find(Rule.HOLD_OVERDUE, detail, number=number)
 
     # --- counters -----------------------------------------------------------------------------------------------------
 
@@ -488,6 +516,11 @@ class Auditor:
         if self._links and number in self._links and verb != "expire":
             self._find(Rule.STEP_ILLEGAL, f"{verb} of a part, which follows its home", number=number)
             return None
+        if was == HELD:
+            if verb != "expire":
+                self._check_not_due(number, record)
+            if self._overdue:
+                self._no_longer_overdue(number, record)
         record.status = to
         record.changed_at_ms = self._at_ms
         record.version += 1
@@ -518,7 +551,6 @@ class Auditor:
 
     def _await_expiry(self, number: int, expires_at_ms: int) -> None:
         heapq.heappush(self._due, expires_at_ms << _NUMBER_BITS | number)
-        self._due_next_ms = min(self._due_next_ms, expires_at_ms)
 
     def _held(self, event: events.Held) -> None:
         self._make(event, HELD, event.expires_at_ms)
@@ -643,8 +675,14 @@ class Auditor:
         elif not cause.get(event.reason, False):
             detail = f"{event.reason}, but {asked} units asked of {room}, closed {counter.closed}"
             self._find(Rule.REFUSED_WITHOUT_CAUSE, detail, counter=counter)
+        if event.reason == "insufficient_capacity":
+            self._count_overdue_holds()
         for row, asked, _ in event.counters:
-            self._counters[row].refused += asked
+            counter = self._counters[row]
+            counter.refused += asked
+            if event.reason == "insufficient_capacity" and counter.overdue:
+                detail = f"{asked} units refused at {self._at_ms} ms, but {counter.overdue} units of holds were due"
+                self._find(Rule.HOLD_OVERDUE, detail, counter=counter)
 
     # --- over several shards ------------------------------------------------------------------------------------------
 
@@ -690,6 +728,8 @@ class Auditor:
         if 0 < (link.tx - event.tx) % 2**63 < 2**62 or event.version < link.version or record.status == FULFILLED:
             detail = f"attempt {event.tx} after {link.tx}, version {event.version} after {link.version}"
             self._find(Rule.PREPARED_TOO_LATE, detail, number=number)
+        self._check_not_due(number, record)
+        self._no_longer_overdue(number, record)
         link.tx, link.reservation, link.is_pinned = event.tx, event.number, True
         if record.status in (RELEASED, EXPIRED):
             record.status, record.lines = HELD, ()
@@ -713,6 +753,7 @@ class Auditor:
             self._find(Rule.PART_WENT_BACK, f"version {event.version} after {link.version}", number=number)
         if link.reservation not in (0, event.number):
             self._find(Rule.PART_OF_ANOTHER, f"of {link.reservation}, synced with {event.number}", number=number)
+        self._no_longer_overdue(number, record)
         link.version, link.reservation, link.is_pinned = event.version, event.number, False
         had = dict(record.lines) if record.status <= FULFILLED else {}
         if to <= FULFILLED and any(units > had.get(row, 0) for row, units in lines):

@@ -47,6 +47,10 @@ def at_once(units: int, *, row: int = 0, key: int = 1) -> events.ConfirmedAtOnce
     return events.ConfirmedAtOnce([(row, units)], "SO-1", "web", f"{KEY}{key}", 1)
 
 
+def refused(units: int, *, row: int = 0, available: int = 0) -> events.Refused:
+    return events.Refused("insufficient_capacity", [(row, units, available)], KEY)
+
+
 PLANNED: list[tuple[int, events.ShardEvent]] = [
     (1_000, events.TermStarted(1, 1)),
     (1_000, events.PoolDefined(1, 1, "van-north", "UTC", None, [])),
@@ -166,10 +170,29 @@ BROKEN: list[tuple[Rule, list[tuple[int, events.ShardEvent]]]] = [
     (Rule.HOLD_OVERDUE, [(2_000, held(1)), (30_000, events.Confirmed(number(0), 1))]),
     (Rule.HOLD_OVERDUE, [(2_000, held(1)), (30_000, events.Released(number(0), 1))]),
     (Rule.HOLD_OVERDUE, [(2_000, held(1)), (30_000, events.Extended(number(0), 1, 60_000))]),
-    (Rule.HOLD_OVERDUE, [(2_000, held(3)), (30_000, events.Refused("insufficient_capacity", [(0, 1, 0)], KEY))]),
+    (Rule.HOLD_OVERDUE, [(2_000, held(3)), (30_000, refused(1))]),
+    (Rule.HOLD_OVERDUE, [(2_000, held(1)), (30_000, events.Moved(number(0), 1, [(0, 2)]))]),
     (
         Rule.HOLD_OVERDUE,
-        [(2_000, held(1)), (2_000, events.Extended(number(0), 1, 35_000)), (35_000, at_once(1, key=2))],
+        [(2_000, held(1)), (2_000, events.Extended(number(0), 1, 35_000)), (35_000, refused(9))],
+    ),
+    (
+        # The hold that was expired is not the one whose units are in the way.
+        Rule.HOLD_OVERDUE,
+        [
+            (2_000, held(1)),
+            (2_000, held(1, key=2)),
+            (30_000, events.Expired([number(0)], [30_000])),
+            (30_000, refused(9)),
+        ],
+    ),
+    (
+        Rule.HOLD_OVERDUE,
+        [
+            (2_000, held(1)),
+            (2_000, events.Moved(number(0), 1, [(1, 1)])),
+            (30_000, events.Refused("insufficient_capacity", [(0, 9, 3), (1, 9, 4)], KEY)),
+        ],
     ),
     (Rule.REFUSED_WITHOUT_CAUSE, [(2_000, events.Refused("insufficient_capacity", [(0, 3, 2)], KEY))]),
     (Rule.REFUSED_WITHOUT_CAUSE, [(2_000, events.Refused("slot_closed", [(0, 3, 2)], KEY))]),
@@ -323,6 +346,52 @@ def test_each_plan_below_what_is_booked_is_listed() -> None:
         Overcommitment(FIRST_SEQ + 3, NAMES[0], 3, 1, FIRST_SEQ + 4),
         Overcommitment(FIRST_SEQ + 5, NAMES[0], 3, 0, FIRST_SEQ + 6),
     ]
+
+
+# --- holds that are due ------------------------------------------------------------------------------------------------
+
+
+def test_decisions_between_the_steps_of_a_mass_expiry_are_legal() -> None:
+    """Others may be overdue as long as nobody is refused for the units of such a hold, and no step is taken on one."""
+    auditor = audited(
+        [
+            (2_000, held(1)),
+            (2_000, held(1, key=2)),
+            (2_000, held(1, row=1, key=3)),
+            (30_000, at_once(1, key=4)),
+            (30_000, events.Refused("slot_closed", [(0, 1, 0)], KEY)),
+            (30_000, events.Expired([number(0)], [30_000])),
+            (30_000, events.Confirmed(number(0), 1, None, late=True)),
+            (30_000, defined(4, 3, closed=True)),
+            (30_000, events.Refused("slot_closed", [(0, 1, 0)], KEY)),
+            (30_000, events.Expired([number(1)], [30_000])),
+            (30_000, refused(9)),
+            (30_000, events.Expired([number(2, 1)], [30_000])),
+            (30_000, refused(9, row=1)),
+        ]
+    )
+    assert [finding.what for finding in auditor.findings] == [Rule.REFUSED_WITHOUT_CAUSE]
+    assert [finding.seq for finding in auditor.findings] == [FIRST_SEQ + 4]
+
+
+def test_every_refusal_beside_an_overdue_hold_is_found_until_it_has_expired() -> None:
+    auditor = audited(
+        [
+            (2_000, held(1)),
+            (29_999, refused(9)),
+            (30_000, refused(9)),
+            (30_000, refused(9, row=1)),
+            (30_001, refused(9)),
+            (30_001, events.Expired([number(0)], [30_000])),
+            (30_001, refused(9)),
+        ]
+    )
+    assert [(finding.seq, finding.what, finding.counter) for finding in auditor.findings] == [
+        (FIRST_SEQ + 2, Rule.HOLD_OVERDUE, NAMES[0]),
+        (FIRST_SEQ + 4, Rule.HOLD_OVERDUE, NAMES[0]),
+    ]
+    assert not auditor._due
+    assert not auditor._overdue
 
 
 # --- forgetting -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.core.test_audit import (
     defined,
     held,
     number,
+    refused,
 )
 
 HOME = 1
@@ -94,8 +95,16 @@ BROKEN: list[tuple[Rule, Stream]] = [
             (30_000, events.Expired([number(0)], [30_000])),
         ],
     ),
-    (Rule.HOLD_OVERDUE, [(2_000, prepared(1)), (2_000, synced(1)), (30_000, at_once(1, key=2))]),
-    (Rule.HOLD_OVERDUE, [(2_000, prepared(1)), (31_000, synced(1)), (31_000, at_once(1, key=2))]),
+    (Rule.HOLD_OVERDUE, [(2_000, prepared(1)), (2_000, synced(1)), (30_000, refused(9))]),
+    (Rule.HOLD_OVERDUE, [(2_000, prepared(1)), (31_000, synced(1)), (31_000, refused(9))]),
+    (
+        Rule.HOLD_OVERDUE,
+        [
+            (2_000, prepared(1)),
+            (2_000, synced(1)),
+            (30_000, prepared(1, tx=6, part=number(0), reservation=RESERVATION, version=1)),
+        ],
+    ),
     (Rule.PART_LEFT_OUT, [(2_000, spread()), (2_000, events.Moved(number(0), 1, [(0, 1)], []))]),
     (Rule.PART_LEFT_OUT, [(2_000, spread()), (2_000, events.Confirmed(number(0), 1, None, parts=[(2, 71, FAR)]))]),
     (
