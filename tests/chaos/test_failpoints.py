@@ -12,6 +12,8 @@ import pytest
 from perf.engine import Engine
 from tests.chaos.harness import INSISTENT, SHARDS, Chaos, demand, wait_until
 
+STEPS_BEFORE = 15
+"""Commits with a step of a reservation over two shards before the death."""
 COMMITS_BEFORE = 30
 """Commits between the definition of capacity and the death."""
 
@@ -39,6 +41,20 @@ async def _until_died(chaos: Chaos, mark: Path) -> None:
 async def test_a_worker_dies_at_each_step_of_a_commit(tmp_path: Path, place: str) -> None:
     mark = tmp_path / "died"
     engine = Engine(tmp_path / "data", shards=SHARDS, environment=failpoint(place, COMMITS_BEFORE, mark))
+    try:
+        chaos = Chaos(engine.start(), place)
+        await chaos.run(lambda chaos: _until_died(chaos, mark))
+        await chaos.check()
+    finally:
+        engine.clean()
+
+
+@pytest.mark.parametrize("place", ["before_append_of_decision", "after_append_of_part"])
+async def test_a_worker_dies_between_the_steps_of_a_reservation_over_two_shards(tmp_path: Path, place: str) -> None:
+    mark = tmp_path / "died"
+    # Only commits with such a step count, so capacity need not be counted with them.
+    environment = {"SLOTKEEPER_FAILPOINT": f"{place}:kill:{STEPS_BEFORE}:{mark}"}
+    engine = Engine(tmp_path / "data", shards=SHARDS, environment=environment)
     try:
         chaos = Chaos(engine.start(), place)
         await chaos.run(lambda chaos: _until_died(chaos, mark))
