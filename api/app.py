@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from api import problems
-from api.http1 import Request, Response
+from api.http1 import Request, Response, StreamingResponse
 from api.overview import Overview
 from api.upstream import TooMany, Unanswered, Unsent, Upstream
 from engine.config import Config
@@ -32,7 +32,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("api")
 
 BodyT = TypeVar("BodyT")
 Parameters = Mapping[str, str]
-Handler = Callable[["App", Request, Parameters], Awaitable[Response]]
+Handler = Callable[["App", Request, Parameters], Awaitable[Response | StreamingResponse]]
 
 MIN_POSITION_POLL_S = 0.002
 """Waiting for one's own write: it is published before it is answered, so this is rarely needed once."""
@@ -97,6 +97,7 @@ class App:
         planner: Upstream[PlannerReply],
         overview: Overview,
         clock: Clock,
+        stop: trio.Event,
         routes: tuple[Route, ...],
     ) -> None:
         self.config = config
@@ -105,6 +106,8 @@ class App:
         self.planner = planner
         self.overview = overview
         self.clock = clock
+        self.stop = stop
+        """Set when this process is to end: who waits for news is answered with what there is."""
         self.routes = routes
         self._exact: dict[tuple[str, str], Route] = {}
         self._templates: dict[tuple[str, int], list[tuple[list[str], Route]]] = {}
@@ -117,7 +120,7 @@ class App:
 
     # --- finding the handler ------------------------------------------------------------------------------------------
 
-    async def handle(self, request: Request) -> Response:
+    async def handle(self, request: Request) -> Response | StreamingResponse:
         """Answer one request."""
         method = "GET" if request.method == "HEAD" else request.method
         route = self._exact.get((method, request.path))
@@ -129,7 +132,7 @@ class App:
                 raise refuse("forbidden", "A page of another site may not change anything here.")
             if request.query and not route.query and route.path.startswith("/v1/"):
                 query(request, ())
-            response = await route.handler(self, request, parameters)
+            response: Response | StreamingResponse = await route.handler(self, request, parameters)
         except Refusal as refusal:
             response = refusal.response
         except Unsent:

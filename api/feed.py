@@ -4,6 +4,9 @@ Within a shard events come in the order of their numbers, without a gap; between
 names the last event seen of each shard, so a consumer that comes back with it misses nothing and sees nothing twice, whatever
 has been restarted in between.
 
+A consumer asks page by page, waits for the next event with `wait_ms`, or has them sent (`text/event-stream`); with `event` it
+gets only those of these names, and the cursor passes over the rest.
+
 Reading happens in a thread with connections of its own (`read`); naming counters needs the overview, which belongs to the
 api's own thread (`show`).
 """
@@ -11,7 +14,7 @@ api's own thread (`show`).
 import heapq
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from api import views
 from api.overview import Overview
@@ -24,6 +27,9 @@ from engine.journal.tail import JournalReader
 from engine.ports import Position
 
 ROWS_AT_ONCE = 64
+
+NAMES = frozenset(str(kind.__struct_config__.tag) for kind in get_args(events.ShardEvent))
+"""Every event there is."""
 
 
 class FeedEvent(NamedTuple):
@@ -86,8 +92,20 @@ def read(data: Path, cursor: FeedCursor, limit: int) -> list[FeedEvent]:
     return found
 
 
-def show(found: list[FeedEvent], cursor: FeedCursor, overview: Overview) -> views.Json:
-    """The page as JSON, with the cursor that goes on after it. Raises ShardNotPublishedError."""
+class Page(NamedTuple):
+    """Events that may be shown, and the cursor that goes on after all that were looked at."""
+
+    events: list[views.Json]
+    cursor: FeedCursor
+
+
+def news(cursor: FeedCursor, overview: Overview) -> bool:
+    """Whether there is anything after the cursor. One look into shared memory. Raises ShardNotPublishedError."""
+    return any(overview.position(shard) > seq for shard, seq in enumerate(cursor))
+
+
+def show(found: list[FeedEvent], cursor: FeedCursor, overview: Overview, wanted: frozenset[str] | None) -> Page:
+    """The events whose names are wanted (None: all), as JSON. Raises ShardNotPublishedError."""
     overview.refresh()
     # The journal is a step ahead of the overview, which alone can name counters: what it does not show yet waits.
     shown_to = {shard: overview.position(shard) for shard in {event.shard for event in found}}
@@ -97,15 +115,18 @@ def show(found: list[FeedEvent], cursor: FeedCursor, overview: Overview) -> view
         if event.seq > shown_to[event.shard]:
             continue
         seen[event.shard] = event.seq
-        shown.append(
-            {
-                "position": position_text(event.shard, event.seq),
-                "event": event.event.__struct_config__.tag,
-                "at": views.instant(event.at_ms),
-                "data": _data(event, overview),
-            }
-        )
-    return {"events": shown, "next_cursor": cursor_text(tuple(seen))}
+        name = event.event.__struct_config__.tag
+        if wanted is None or name in wanted:
+            shown.append(
+                {
+                    "position": position_text(event.shard, event.seq),
+                    "cursor": cursor_text(tuple(seen)),
+                    "event": name,
+                    "at": views.instant(event.at_ms),
+                    "data": _data(event, overview),
+                }
+            )
+    return Page(shown, tuple(seen))
 
 
 def _counter(overview: Overview, shard: int, number: int) -> views.Json:

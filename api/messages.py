@@ -290,9 +290,10 @@ class ImportAnswer(msgspec.Struct):
 
 
 class EventAnswer(msgspec.Struct):
-    """One event of the log."""
+    """One event of the log. `cursor` goes on after it."""
 
     position: PositionText
+    cursor: str
     event: str
     at: Instant
     data: dict[str, Any]

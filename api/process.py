@@ -55,6 +55,7 @@ async def run(context: ChildContext, metadata: Metadata, config: Config) -> None
         planner=planner,
         overview=Overview(arguments.runtime, metadata.shards, clock),
         clock=clock,
+        stop=context.stop,
         routes=ROUTES + PLAIN_ROUTES,
     )
     limits = ServerLimits(

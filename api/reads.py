@@ -7,6 +7,7 @@ number when there is somebody to ask.
 import base64
 import binascii
 import datetime as dt
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import msgspec
@@ -15,7 +16,7 @@ import trio
 
 from api import feed, views
 from api.app import App, Parameter, Parameters, query, refuse
-from api.http1 import Request, Response
+from api.http1 import Request, Response, StreamingResponse
 from api.overview import Cursor, Page, Place, ShardNotPublishedError, TornPlace
 from engine.catalogue_file import PoolShown
 from engine.core import commands, outcomes
@@ -26,6 +27,12 @@ from readmodel.reader import Row
 PAGE_MAX = 5_000
 PAGE_DEFAULT = 500
 EVENTS_MAX = 1_000
+FEED_WAIT_MS_MAX = 30_000
+"""Below the time after which proxies usually give an answer up."""
+FEED_LOOK_S = 0.02
+"""How often a waiting consumer looks into shared memory: two microseconds each time."""
+FEED_BEAT_S = 10.0
+"""How often a stream without events shows that it is alive."""
 EVENTS_DEFAULT = 100
 
 _DATE = r"\d{4}-\d{2}-\d{2}"
@@ -53,6 +60,13 @@ COUNTER_QUERY = (MIN_POSITION,)
 EVENTS_QUERY = (
     Parameter("after", "next_cursor of the page before; without it the feed begins at its start.", r"[0-9._]{1,2000}"),
     Parameter("limit", f"Events of a page, {EVENTS_DEFAULT} if not given.", integer=(1, EVENTS_MAX), example="100"),
+    Parameter(
+        "wait_ms",
+        "Where there is nothing yet, wait so long for the next event.",
+        integer=(0, FEED_WAIT_MS_MAX),
+        example="0",
+    ),
+    Parameter("event", "Only events of this name; may be given several times.", example="held", repeated=True),
 )
 
 
@@ -264,18 +278,61 @@ async def pools(app: App, request: Request, parameters: Parameters) -> Response:
     return Response(200, orjson.dumps(answer))
 
 
-async def events(app: App, request: Request, parameters: Parameters) -> Response:
+async def events(app: App, request: Request, parameters: Parameters) -> Response | StreamingResponse:
     """GET /v1/events."""
     del parameters
     values = query(request, EVENTS_QUERY)
     after = _first(values, "after")
+    if after is None and (last := request.headers.get(b"last-event-id")):
+        after = last.decode("ascii", "replace")
     cursor = feed.start(len(app.shards)) if after is None else feed.parse_cursor(after, len(app.shards))
     if cursor is None:
         raise refuse("invalid_request", "after is not a cursor that this system gave")
     limit = int(_first(values, "limit") or EVENTS_DEFAULT)
+    wanted = frozenset(values["event"]) if "event" in values else None
+    if wanted is not None and not wanted <= feed.NAMES:
+        raise refuse("invalid_request", f"event must be one of {', '.join(sorted(feed.NAMES))}")
+    if b"text/event-stream" in request.headers.get(b"accept", b""):
+        headers = ((b"Cache-Control", b"no-store"),)
+        return StreamingResponse(
+            _stream(app, cursor, wanted), 200, b"text/event-stream; charset=utf-8", headers, endless=True
+        )
+    wait_until_ms = app.clock.monotonic_ms() + int(_first(values, "wait_ms") or 0)
     try:
-        found = await trio.to_thread.run_sync(feed.read, app.data, cursor, limit)
-        page = feed.show(found, cursor, app.overview)
+        page = await _page(app, cursor, limit, wanted)
+        while not page.events and app.clock.monotonic_ms() < wait_until_ms and not app.stop.is_set():
+            if not feed.news(page.cursor, app.overview):
+                await trio.sleep(FEED_LOOK_S)
+            else:
+                page = await _page(app, page.cursor, limit, wanted)
     except ShardNotPublishedError as error:
         raise refuse("shard_unavailable", str(error)) from None
-    return Response(200, orjson.dumps(page))
+    answer = {"events": page.events, "next_cursor": feed.cursor_text(page.cursor)}
+    return Response(200, orjson.dumps(answer))
+
+
+async def _page(app: App, cursor: feed.FeedCursor, limit: int, wanted: frozenset[str] | None) -> feed.Page:
+    found = await trio.to_thread.run_sync(feed.read, app.data, cursor, limit)
+    return feed.show(found, cursor, app.overview, wanted)
+
+
+async def _stream(app: App, cursor: feed.FeedCursor, wanted: frozenset[str] | None) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: each with its cursor as id, so that a browser that connects again goes on where it was."""
+    beat_at = trio.current_time() + FEED_BEAT_S
+    yield b"retry: 1000\n\n"
+    while True:
+        try:
+            page = await _page(app, cursor, EVENTS_MAX, wanted) if feed.news(cursor, app.overview) else None
+        except ShardNotPublishedError:
+            page = None
+        if page is not None:
+            cursor = page.cursor
+            for event in page.events:
+                data = orjson.dumps(event).decode()
+                yield f"id: {event['cursor']}\nevent: {event['event']}\ndata: {data}\n\n".encode()
+                beat_at = trio.current_time() + FEED_BEAT_S
+        elif trio.current_time() >= beat_at:
+            yield b": still here\n\n"
+            beat_at = trio.current_time() + FEED_BEAT_S
+        else:
+            await trio.sleep(FEED_LOOK_S)

@@ -209,3 +209,79 @@ def test_what_the_events_say(api: Api) -> None:
         "ends_at": "",
         "cutoff_at": "",
     }
+
+
+def test_only_the_events_asked_for_come_and_the_cursor_passes_over_the_rest(own_engine: Engine) -> None:
+    api = Api(own_engine)
+    _busy(api, _counters(api))
+    everything, end = _read(api)
+    page = api.get("/v1/events?event=held&limit=1000")
+    assert page["events"] == [event for event in everything if event["event"] == "held"]
+    assert page["next_cursor"] == end
+    api.request("GET", "/v1/events?event=nonsense", code="invalid_request")
+
+
+def test_every_event_carries_the_cursor_that_goes_on_after_it(own_engine: Engine) -> None:
+    api = Api(own_engine)
+    _busy(api, _counters(api))
+    everything, _ = _read(api)
+    for place in (0, len(everything) // 2, len(everything) - 2):
+        rest, _ = _read(api, everything[place]["cursor"])
+        assert rest == everything[place + 1 :]
+
+
+def test_who_waits_is_answered_by_the_next_event(own_engine: Engine) -> None:
+    api = Api(own_engine)
+    counter = _counters(api)[0]
+    _, end = _read(api)
+    answers: list[dict[str, Any]] = []
+    waiter = threading.Thread(
+        target=lambda: answers.append(api.get(f"/v1/events?after={end}&wait_ms=30000&event=held"))
+    )
+    waiter.start()
+    held = api.hold(line(counter))
+    waiter.join(30)
+    assert [event["data"]["reservation_id"] for event in answers[0]["events"]] == [held["reservation_id"]]
+    nothing = api.get(f"/v1/events?after={answers[0]['next_cursor']}&wait_ms=1")
+    assert nothing["events"] == []
+
+
+def test_events_are_sent_as_they_happen_and_a_consumer_that_comes_back_goes_on(own_engine: Engine) -> None:
+    api = Api(own_engine)
+    counter = _counters(api)[0]
+    _, end = _read(api)
+    accept = {"Accept": "text/event-stream"}
+
+    def take(last: str, make: Callable[[], dict[str, Any]]) -> tuple[str, str]:
+        """The id of the next event that is sent after `last`, and the reservation it is about."""
+        connection = own_engine.connect()
+        try:
+            connection.request("GET", "/v1/events?event=held", headers={**accept, "Last-Event-ID": last})
+            answer = connection.getresponse()
+            assert answer.headers["Content-Type"].startswith("text/event-stream")
+            made = make()["reservation_id"]
+            fields = {}
+            for text in iter(answer.readline, b""):
+                name, _, value = text.decode().rstrip("\n").partition(": ")
+                fields[name] = value
+                if name == "data":
+                    break
+            assert fields["event"] == "held"
+            assert made in fields["data"]
+            return fields["id"], made
+        finally:
+            connection.close()
+
+    last, first = take(end, lambda: api.hold(line(counter)))
+    _, second = take(last, lambda: api.hold(line(counter)))
+    assert first != second
+
+
+def test_a_stop_does_not_wait_for_those_who_wait(own_engine: Engine) -> None:
+    api = Api(own_engine)
+    _, end = _read(api)
+    connection = own_engine.connect()
+    connection.request("GET", f"/v1/events?after={end}&wait_ms=30000&event=forgotten")
+    own_engine.wait_until(lambda state: state.state == "ready")
+    own_engine.stop()
+    connection.close()
