@@ -275,10 +275,12 @@ async def running_worker(
     clock: ManualClock | None = None,
     runtime: Path | None = None,
     shard: int = 0,
+    shards: int = 1,
 ) -> AsyncIterator[Running]:
     """A worker as `engine.__main__.run_worker` makes it, ended without an ordered stop. The caller owns the journal.
 
-    Snapshots lie in `directory`; the socket and the read model too, unless there is a `runtime` directory.
+    The other ones of `shards` workers are reached in the same runtime directory. Snapshots lie in `directory`; the socket and
+    the read model too, unless there is a `runtime` directory.
     """
     runtime = directory if runtime is None else runtime
     held = HeldJournal(journal)
@@ -295,7 +297,7 @@ async def running_worker(
         directory=directory,
         snapshot_seq=recovered.from_seq,
         shard=shard,
-        peers={},
+        peers={peer: runtime / f"worker-{peer:02d}.sock" for peer in range(shards) if peer != shard},
     )
     running = Running(worker, held, clock, runtime, publisher, shard)
     worker.start_term(held.epoch, held.restart)
@@ -326,6 +328,7 @@ async def worker_on_disk(
     clock: ManualClock | None = None,
     runtime: Path | None = None,
     shard: int = 0,
+    shards: int = 1,
     segment_bytes_max: int = SEGMENT_BYTES_MAX,
 ) -> AsyncIterator[Running]:
     """A worker on the real journal, in `directory`."""
@@ -337,7 +340,7 @@ async def worker_on_disk(
     )
     try:
         async with running_worker(
-            journal, directory, bounds=bounds, rules=rules, clock=clock, runtime=runtime, shard=shard
+            journal, directory, bounds=bounds, rules=rules, clock=clock, runtime=runtime, shard=shard, shards=shards
         ) as running:
             yield running
     finally:

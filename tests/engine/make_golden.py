@@ -3,7 +3,11 @@
 A golden directory is made once for a release and never again: `golden/release-N` must verify and load for ever. Run this only
 for a new release, into a new folder, and add what test_golden_directory.py expects of it. It is what an engine of two shards
 leaves that a planner, two workers and a client used: every kind of event is in it, with the events of several terms, an
-overcommitted counter, and sealed segments. Snapshots are left out: they are not promised to later versions.
+overcommitted counter, reservations over both shards with either as their home, and sealed segments. Snapshots are left out:
+they are not promised to later versions.
+
+Made twice it is the same to the last hash. So time moves only when everything has come to rest, nothing ticks, and what
+else comes by a tick, expiry and forgetting, is done by hand.
 """
 
 import argparse
@@ -75,8 +79,81 @@ class Customers:
         await self.step(client, commands.Confirm, f"{term}-short")  # late
 
 
+class Pairs:
+    """Who reserves on both shards at once, each reservation at home on the shard of its first line."""
+
+    def __init__(self, home: Customers, away: Customers) -> None:
+        self.home = home
+        self.away = away
+
+    def lines(self, quantity: int, place: int, place_away: int) -> list[Line]:
+        return [
+            Line("van-north", customers.mine[which % len(customers.mine)], quantity)
+            for customers, which in ((self.home, place), (self.away, place_away))
+        ]
+
+    async def term(self, workers: list[Running], term: int) -> None:
+        running = workers[self.home.shard]
+        client = await running.client()
+
+        async def hold(name: str, lines: list[Line], ttl_ms: int = HOUR_MS) -> None:
+            name = f"{term}-{name}"
+            reply = await client.ask(
+                commands.Hold(lines, ttl_ms, key(f"{self.home.shard}-{name}"), 7, f"SO-{name}", "größe")
+            )
+            await settled(workers)
+            if isinstance(reply, outcomes.Taken):
+                self.home.numbers[name] = reply.number
+
+        async def step(make: type[commands.Command], name: str, *more: object) -> None:
+            await self.home.step(client, make, f"{term}-{name}", *more)
+            await settled(workers)
+
+        await hold("pair-0", self.lines(1, 2, 2))
+        await step(commands.Confirm, "pair-0")
+        await step(commands.Fulfil, "pair-0")
+        await hold("pair-1", self.lines(2, 2, 1))
+        await step(commands.Confirm, "pair-1", self.lines(1, 2, 1))
+        await hold("pair-2", self.lines(1, 0, 2))
+        await step(commands.Extend, "pair-2", 90 * MINUTE_MS)
+        await step(commands.Move, "pair-2", self.lines(2, 2, 0))
+        await step(commands.Release, "pair-2", "changed their mind")
+        await hold("pair-at-once", self.lines(1, 1, 1), commands.NO_TTL)
+        await step(commands.Move, "pair-at-once", self.lines(1, 2, 1)[:1])  # the part is given up
+        few, many = self.lines(1, 0, 0)[0], self.lines(900, 0, 0)[1]
+        await hold("pair-greedy", [few, many])  # refused by the other shard
+        if self.home.shard == term % SHARDS:  # two at the same time would pass each other on their way
+            await hold("pair-expires", self.lines(1, 0, 1))
+
+
+async def settled(workers: list[Running]) -> None:
+    """Nothing is in flight between the shards, or open."""
+    await until(
+        lambda: (
+            not any(
+                running.state.owed
+                or running.state.pinned
+                or running.worker._events
+                or running.journal.head.seq < running.state.seq
+                for running in workers
+            )
+        )
+    )
+
+
+async def clean_up(workers: list[Running]) -> None:
+    """Everything due is expired and forgotten, as the ticks of an idle worker would."""
+    for running in workers:
+        at_ms = running.worker._begin()
+        event, _ = ledger.forget(running.state, 0, at_ms, RULES)
+        if event is not None:
+            running.worker._apply(event, at_ms)
+        running.worker._wake.set()
+    await settled(workers)
+
+
 async def make(target: Path) -> None:
-    working.HOUSEKEEPING_TICK_S = working.EXPIRY_TICK_S = 0.005
+    working.HOUSEKEEPING_TICK_S = working.EXPIRY_TICK_S = working.COORDINATOR_TICK_S = 3600
     datadir.init(target, SHARDS, store_id=STORE_ID, created_at=CREATED_AT)
     runtime = target / "runtime"
     runtime.mkdir()
@@ -90,6 +167,7 @@ async def make(target: Path) -> None:
                         datadir.shard_directory(target, shard),
                         runtime=runtime,
                         shard=shard,
+                        shards=SHARDS,
                         clock=clock,
                         rules=RULES,
                         segment_bytes_max=20 * 1024,
@@ -109,24 +187,16 @@ async def make(target: Path) -> None:
             await define(client, commands.PutCounters(counters, "season", "planner"))
             for each, running in zip(customers, workers, strict=True):
                 await each.term(running, clock, term)
+                await settled(workers)
+            for home, away in (customers, customers[::-1]):
+                await Pairs(home, away).term(workers, term)
             if term == TERMS - 1:
                 lowered = [
                     CounterPut("van-north", slot_id, 1, closed=place % 2 == 0) for place, slot_id in enumerate(SLOTS)
                 ]
                 await define(client, commands.PutCounters(lowered, "a van broke down", "planner"))
             clock.pass_ms(3 * HOUR_MS)
-            for running in workers:
-                # Everything due is expired and forgotten before the term ends, as an idle worker would.
-                await until(lambda running=running: running.state.expiry.next_ms() is None)  # type: ignore[misc]  # bound
-                finished = [f"{term}-0", f"{term}-1"]
-                numbers = [customers[running.shard].numbers[name] for name in finished]
-                await until(
-                    lambda running=running, numbers=numbers: (
-                        not any(  # type: ignore[misc]  # bound
-                            running.state.reservations.find(number) for number in numbers
-                        )
-                    )
-                )
+            await clean_up(workers)
     shutil.rmtree(runtime)
     remove_locks(target)
 

@@ -12,7 +12,7 @@ from engine.core import commands, events, outcomes
 from engine.core.outcomes import Outcome
 from engine.journal.sqlite import open_journal
 from engine.journal.tail import JournalReader
-from engine.verify import verify_data_directory
+from engine.verify import CrossReport, verify_data_directory
 from tests.core.shard import key, outcome_of
 from tests.engine.engine_tools import ManualClock, worker_on_disk
 
@@ -27,30 +27,33 @@ class Expected(NamedTuple):
     totals: list[list[tuple[str, int, int, int, int, int]]]
     """slot_id, limit, held, confirmed, fulfilled, refused of each shard's counters."""
     exceptions: list[int]
+    shared: int
+    """Reservations over both shards that are not forgotten. Nothing of them is in flight."""
 
 
 EXPECTED: dict[str, Expected] = {
     "release-0.1.0": Expected(
         heads={
             "planning": "10 66ab82d5cdd1f7cc6d3b8d9d549c5ea2",
-            "shard-00": "67 ab94449f73c9b94f12809cac014dfa06",
-            "shard-01": "67 f598a0b8edd7ef90e4fe929e9d97df65",
+            "shard-00": "202 ccdd0926649b493f5e9e8f847841bbb6",
+            "shard-01": "202 1d8b7a41e8b5dcbab31b820c6bb5a606",
         },
         totals=[
             [
-                ("2026-12-02T18:00-20:00", 1, 0, 6, 3, 0),
-                ("2026-12-03T18:00-20:00", 1, 0, 3, 0, 2700),
-                ("2026-12-05T18:00-20:00", 1, 0, 0, 0, 0),
+                ("2026-12-02T18:00-20:00", 1, 0, 6, 3, 2700),
+                ("2026-12-03T18:00-20:00", 1, 0, 6, 0, 2700),
+                ("2026-12-05T18:00-20:00", 1, 0, 6, 6, 0),
                 ("2026-12-07T18:00-20:00", 1, 0, 0, 0, 0),
                 ("2026-12-08T18:00-20:00", 1, 0, 0, 0, 0),
             ],
             [
-                ("2026-12-01T18:00-20:00", 1, 0, 6, 3, 0),
-                ("2026-12-04T18:00-20:00", 1, 0, 3, 0, 2700),
-                ("2026-12-06T18:00-20:00", 1, 0, 0, 0, 0),
+                ("2026-12-01T18:00-20:00", 1, 0, 6, 3, 2700),
+                ("2026-12-04T18:00-20:00", 1, 0, 6, 0, 2700),
+                ("2026-12-06T18:00-20:00", 1, 0, 6, 6, 0),
             ],
         ],
         exceptions=[4, 3],
+        shared=7,
     )
 }
 
@@ -75,6 +78,7 @@ def test_it_is_proven(golden: tuple[Path, Expected]) -> None:
     journals = (*report.shards, report.planner)
     assert [journal.problems for journal in journals] == [[], [], []]
     assert report.ok
+    assert report.cross == CrossReport(expected.shared, expected.shared, owed=0, pinned=0, moving=0, problems=[])
     assert [len(journal.exceptions) for journal in report.shards] == expected.exceptions
     for name, head in expected.heads.items():
         with JournalReader(directory / name) as reader:
