@@ -264,12 +264,12 @@ class Worker:
 
     def _expire(self) -> None:
         """Free what is due, a bounded number at once: the rest is freed by `_free_the_rest`, with other work in between."""
+        expiry = self._ledger.expiry
         for _ in range(EXPIRY_STEPS_MAX):
-            expired = ledger.expire(self._ledger, self._open_at_ms)
-            if expired is None:
+            if not expiry.is_due(self._open_at_ms):
                 break
-            self._free(expired)
-        self._expiring = self._ledger.expiry.is_due(self._open_at_ms)
+            self._free(ledger.expire(self._ledger, self._open_at_ms))
+        self._expiring = expiry.is_due(self._open_at_ms)
         if self._expiring:
             self._due.set()
 

@@ -534,9 +534,10 @@ class ExpiryQueue:
         self._open_times, self._open_numbers, self._open_from = times[order], numbers[order], 0
 
     def is_due(self, now_ms: int) -> bool:
-        """Whether `due` would give something now."""
-        next_ms = self.next_ms()
-        return next_ms is not None and next_ms <= now_ms
+        """Whether `due` may give something now. Asked before every decision, so it is one or two comparisons."""
+        if self._seconds and self._seconds[0] * 1000 <= now_ms:
+            return True
+        return self._open_next_ms is not None and self._open_next_ms <= now_ms
 
     def next_ms(self) -> int | None:
         """A lower bound for the next due time: no later than it, at most a second before it."""
