@@ -42,6 +42,10 @@ format: $(INSTALLED) ## bring the code into form
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
 
+.PHONY: sim
+sim: $(INSTALLED) ## simulated shards that crash and lose messages, run by run from a seed (SEED=1 RUNS=1000)
+	@$(BIN)/python -m tests.sim.run --seed $(or $(SEED),1) --runs $(or $(RUNS),1000)
+
 .PHONY: chaos
 chaos: $(INSTALLED) tools ## kill and freeze real processes, damage journals: the long forms
 	@$(BIN)/python -m pytest tests/chaos tests/journal -m "slow or not slow" $(ARGS)

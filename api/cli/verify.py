@@ -19,7 +19,8 @@ def verify(directory: Path, *, as_json: bool) -> None:
     """Prove a data directory from its journals.
 
     Every row is there, unaltered and in order; no counter ever passed its limit but where a plan went below what was
-    booked; the state that comes out is the one that is served. It only reads, and may run beside a live service.
+    booked; the state that comes out is the one that is served; every reservation over several shards is the same on each of
+    them or on its way. It only reads, and may run beside a live service.
     Exit code 0 only when all is proven.
     """
     try:
@@ -58,12 +59,20 @@ def _show(report: Report) -> None:
             for one in journals
         ),
     )
+    cross = report.cross
+    columns = ("between shards", "reservations", "parts", "owed", "pinned", "moving", "problems")
+    output.table(
+        columns,
+        [("all", cross.reservations, cross.parts, cross.owed, cross.pinned, cross.moving, len(cross.problems))],
+    )
     for one in journals:
         for exception in one.exceptions:
             click.echo(f"{one.name}: recorded: {exception}")
     for one in journals:
         for problem in one.problems:
             click.echo(f"{one.name}: PROBLEM: {problem}")
+    for problem in cross.problems:
+        click.echo(f"between shards: PROBLEM: {problem}")
     events = sum(one.events for one in journals)
     if report.ok:
         click.echo(f"\nproven: {events} events, no counter above its limit, every row unaltered and in its place")

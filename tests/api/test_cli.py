@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from api.cli import main; main()"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("SLOTKEEPER_", "NOTIFY_"))}
 WAIT_SECONDS = 60
+GOLDEN = ROOT / "tests" / "engine" / "golden" / "release-0.1.0"
 
 
 class Ended(NamedTuple):
@@ -535,6 +536,30 @@ def test_verify_proves_beside_a_live_engine_and_after_it(tmp_path: Path) -> None
         assert damaged.code == Exit.REFUSED, damaged
     assert "shard-00: PROBLEM: " in damaged.out
     assert "NOT PROVEN" in damaged.out
+
+
+def test_verify_shows_what_lies_between_the_shards(tmp_path: Path) -> None:
+    """The golden directory has reservations over both of its shards; one shard without its journal's end contradicts it."""
+    data = tmp_path / "data"
+    shutil.copytree(GOLDEN, data)
+    whole = run("verify", data)
+    assert whole.code == Exit.OK
+    (line,) = [line for line in whole.out.splitlines() if line.split()[:1] == ["all"]]
+    assert line.split() == ["all", "7", "7", "0", "0", "0", "0"]
+    cross = run("verify", data, "--json").document["cross"]
+    assert (cross["reservations"], cross["parts"], cross["problems"]) == (7, 7, [])
+    (data / "shard-01" / "watermark").unlink()
+    for segment in sorted((data / "shard-01").glob("*.sqlite"))[1:]:
+        segment.unlink()
+    torn = run("verify", data)
+    assert torn.code == Exit.REFUSED
+    problems = run("verify", data, "--json").document["cross"]["problems"]
+    assert problems
+    assert [line for line in torn.out.splitlines() if "between shards: PROBLEM: " in line] == [
+        f"between shards: PROBLEM: {problem}" for problem in problems
+    ]
+    (line,) = [line for line in torn.out.splitlines() if line.split()[:1] == ["all"]]
+    assert line.split()[-1] == str(len(problems))
 
 
 def test_verify_wants_a_data_directory(tmp_path: Path) -> None:
