@@ -70,7 +70,7 @@ _TAKES_UNITS = (commands.Hold, commands.Move, commands.Prepare)
 _STEPS = (commands.Confirm, commands.Release, commands.Extend, commands.Fulfil, commands.Look)
 
 EXPIRY_STEPS_MAX = 2
-"""`expired` events of 16,384 holds each before other work gets its turn: some milliseconds."""
+"""`expired` events of 16,384 holds each in one batch: then it is sealed, and other work gets its turn."""
 
 
 class Bounds(NamedTuple):
@@ -131,7 +131,9 @@ class Worker:
         self._peers = {peer: Peer(peer, path, clock, self._replied) for peer, path in peers.items()}
         self._news: dict[int, list[commands.Command]] = {}
         self._expiring = False
+        self._expiry_steps = 0
         self._due = trio.Event()
+        self._room = trio.Event()
         self._postponed: list[Request] = []
         self._journal = journal
         self._publisher = publisher
@@ -265,9 +267,8 @@ class Worker:
     def _expire(self) -> None:
         """Free what is due, a bounded number at once: the rest is freed by `_free_the_rest`, with other work in between."""
         expiry = self._ledger.expiry
-        for _ in range(EXPIRY_STEPS_MAX):
-            if not expiry.is_due(self._open_at_ms):
-                break
+        while self._expiry_steps < EXPIRY_STEPS_MAX and expiry.is_due(self._open_at_ms):
+            self._expiry_steps += 1
             self._free(ledger.expire(self._ledger, self._open_at_ms))
         self._expiring = expiry.is_due(self._open_at_ms)
         if self._expiring:
@@ -334,6 +335,9 @@ class Worker:
         made, replies, news = self._events, self._replies, self._news
         self._events, self._replies, self._news = [], {}, {}
         self._commands_open = 0
+        self._expiry_steps = 0
+        self._room.set()
+        self._room = trio.Event()
         touched = self._ledger.touched
         changed: list[tuple[int, tuple[int, ...]]] = []
         changed_many = None
@@ -521,7 +525,11 @@ class Worker:
             while self._expiring:
                 self._begin()
                 self._wake.set()
-                await trio.lowlevel.checkpoint()
+                if self._events:
+                    await self._room.wait()
+                else:
+                    self._expiry_steps = 0
+                    await trio.lowlevel.checkpoint()
             postponed, self._postponed = self._postponed, []
             monotonic_ms = self._clock.monotonic_ms()
             self._begin()

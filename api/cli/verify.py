@@ -60,9 +60,8 @@ def _show(report: Report) -> None:
         ),
     )
     cross = report.cross
-    columns = ("between shards", "reservations", "parts", "owed", "pinned", "moving", "problems")
     output.table(
-        columns,
+        ("between shards", "reservations", "parts", "owed", "pinned", "moving", "problems"),
         [("all", cross.reservations, cross.parts, cross.owed, cross.pinned, cross.moving, len(cross.problems))],
     )
     for one in journals:

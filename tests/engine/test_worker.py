@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import trio.testing
 from engine import codec, service, wire
 from engine import worker as working
 from engine.core import commands, events, ledger, outcomes
+from engine.core.columns import EXPIRED
+from engine.core.limits import EXPIRED_IN_EVENT_MAX
 from engine.core.outcomes import Outcome
 from engine.journal.memory import MemoryDisk, open_memory_journal
 from engine.journal.sqlite import open_journal
@@ -328,6 +331,67 @@ async def test_finished_reservations_are_forgotten_in_time(tmp_path: Path, monke
         assert outcome_of(await client.ask(commands.Look(taken.number))) is Outcome.UNKNOWN_RESERVATION
         assert outcome_of(await client.ask(commands.Look(kept.number))) is Outcome.FOUND
         assert outcome_of(await client.hold("gone", ttl_ms=commands.NO_TTL)) is Outcome.CONFIRMED, "the key is free"
+
+
+# --- a mass expiry ------------------------------------------------------------------------------------------------------
+
+
+def full(count: int, due_ms: int) -> ledger.Ledger:
+    """Van stops of an evening, all of them held, all due in the same second."""
+    state = ledger.Ledger()
+    at_ms = due_ms - HOUR_MS
+    for command in plan(count):
+        _, made = ledger.decide(state, command, at_ms, ledger.Rules())
+        for event in made:
+            ledger.apply(state, event, at_ms)
+    for place in range(count):
+        digest = blake2b(b"%d" % place, digest_size=16).hexdigest()
+        ledger.apply(state, events.Held([(0, 1)], due_ms + place % 1000, "", "", digest, 1), at_ms)
+    return state
+
+
+async def test_work_goes_on_while_very_many_holds_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decision is right while they do: what needs units waits for them, what concerns one hold sees it as expired."""
+    monkeypatch.setattr(working, "EXPIRY_TICK_S", 3600)
+    count = 100_000
+    clock = ManualClock()
+    state = full(count, clock.now_ms() + HOUR_MS)
+    numbers = state.reservations.chunks()[-1].view("number").tolist()
+    monkeypatch.setattr(working, "recover", lambda *_: working.Recovered(state, state.seq, 0, []))
+    async with worker_in_memory(tmp_path, clock=clock) as running:
+        client = await running.client()
+        first_row = len(running.journal.rows)
+        clock.pass_ms(HOUR_MS + 1_000)
+        asked = await client.send(
+            commands.Look(numbers[-1]),
+            commands.Confirm(numbers[-2], 5),
+            commands.Release(numbers[-3], 6),
+            commands.Extend(numbers[-4], 7, HOUR_MS),
+            hold("needs all", count - 1),
+            hold("elsewhere", 1, slot_id=NIGHT),
+        )
+        *others, waited, elsewhere = await client.wait(asked[:4] + asked[4:])
+        looked, confirmed, released, extended = others
+        assert isinstance(looked, outcomes.Record)
+        assert looked.status == EXPIRED
+        assert isinstance(confirmed, outcomes.Record)
+        assert (confirmed.outcome, confirmed.late) == (Outcome.CONFIRMED, True)
+        assert outcome_of(released) is outcome_of(extended) is Outcome.HOLD_EXPIRED
+        assert outcome_of(waited) is Outcome.HELD
+        assert outcome_of(elsewhere) is Outcome.HELD
+        assert isinstance(waited, outcomes.Taken)
+        assert isinstance(elsewhere, outcomes.Taken)
+        assert elsewhere.seq < waited.seq, "what needs no freed units does not wait for them"
+        counters = running.state.counters
+        assert (counters.held[0], counters.confirmed[0], counters.refused[0]) == (count - 1, 1, 0)
+        made = [codec.decode_shard(row) for row in running.journal.rows[first_row:]]
+    expired = [event for row in made for event in row if isinstance(event, events.Expired)]
+    freed = [number for event in expired for number in event.numbers]
+    assert len(freed) == len(set(freed)) == count, "each once"
+    assert max(len(event.numbers) for event in expired) <= EXPIRED_IN_EVENT_MAX
+    for row in made:
+        large = [event for event in row if isinstance(event, events.Expired) and len(event.numbers) > 1]
+        assert len(large) <= working.EXPIRY_STEPS_MAX
 
 
 # --- stopping -----------------------------------------------------------------------------------------------------------
