@@ -8,8 +8,9 @@ Theory of operation
   makes the batch durable before it lets any reply out.
 - The table TRANSITIONS is the whole life cycle. An illegal step is an outcome for a caller (`decide`) and a broken
   invariant for a journal (`apply`).
-- Time is an argument. A hold's units count as free from `expires_at_ms` on: `expire` must be called, and its events applied,
-  before each decision; replay never looks at a clock.
+- Time is an argument. A hold's units count as free from `expires_at_ms` on: whoever decides frees what is due first (`expire`),
+  or at least the hold that a step is about (`expire_one`), and lets nobody be refused for units that are due; replay never
+  looks at a clock.
 - Taking units never makes `used` pass `limit`, and `apply` checks it on every event, replayed ones too. `used > limit` comes
   about in one way only: a plan lowers the limit below what is booked.
 

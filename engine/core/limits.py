@@ -38,8 +38,8 @@ REFUSED_KEYS_MAX = 65_536
 """Keys of refused requests kept for each shard, oldest forgotten first, so that a retry is counted once."""
 
 EXPIRED_IN_EVENT_MAX = 16_384
-"""Holds that one `expired` event frees: about 250 kB of JSON, found and applied in about 20 ms. A mass expiry is a chain
-of such events, all of them before the next decision."""
+"""Holds that one `expired` event frees, with arrays, in a few milliseconds. The worker puts other work between such steps: a
+million holds that expire in one second stall it for about 50 ms at the longest (perf/mass_expiry.py)."""
 
 FORGOTTEN_IN_EVENT_MAX = 16_384
 """Finished records that one `forgotten` event looks through."""
