@@ -101,7 +101,6 @@ CODE_OF_OUTCOME: dict[Outcome, str] = {
     },
     Outcome.DEADLINE_PASSED: "shard_unavailable",
     Outcome.SHARD_FULL: "shard_unavailable",
-    Outcome.READ_ONLY: "shard_unavailable",
     Outcome.PARTICIPANT_SILENT: "shard_unavailable",
 }
 

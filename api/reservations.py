@@ -1,6 +1,6 @@
 """The reservation calls: the customer's waiting path.
 
-A body is checked, turned into one command, and sent to the shard that owns its counters; the reply becomes the answer. The
+A body is checked, turned into one command, and sent to the shard of its first line; the reply becomes the answer. The
 table `CODE_OF_OUTCOME` says what each outcome is in HTTP; nothing is decided here.
 """
 

@@ -33,7 +33,7 @@ costs 20 us each time."""
 SWEEP_S = 0.02
 """How late a deadline may be noticed."""
 
-NOT_LOOKED_AT = frozenset({Outcome.OVERLOADED, Outcome.DEADLINE_PASSED, Outcome.SHARD_FULL, Outcome.READ_ONLY})
+NOT_LOOKED_AT = frozenset({Outcome.OVERLOADED, Outcome.DEADLINE_PASSED, Outcome.SHARD_FULL})
 """Refusals that rest on the server and the time, not on the request and what became of it earlier."""
 
 ReplyT = TypeVar("ReplyT")

@@ -23,7 +23,7 @@ class Command(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
 
 
 class Hold(Command, frozen=True):
-    """Take units of one or several counters of one shard, all or nothing; confirmed at once when `ttl_ms` is NO_TTL.
+    """Take units of one or several counters, all or nothing; confirmed at once when `ttl_ms` is NO_TTL.
 
     `key` is 16 bytes: a digest of the idempotency key. `digest` (64 bits, signed) stands for the body that came with it.
     """
@@ -64,7 +64,7 @@ class Extend(Command, frozen=True):
 
 
 class Move(Command, frozen=True):
-    """Exchange all lines for `lines` of the same shard in one step; the old units count as free for the check."""
+    """Exchange all lines for `lines` in one step; the old units count as free for the check."""
 
     number: int
     action: int

@@ -39,7 +39,6 @@ class Outcome(StrEnum):
     SHARD_FULL = "shard_full"
     OVERLOADED = "overloaded"
     DEADLINE_PASSED = "deadline_passed"
-    READ_ONLY = "read_only"
 
     PLANNED = "planned"
     PLAN_CONFLICT = "plan_conflict"

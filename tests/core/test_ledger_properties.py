@@ -573,7 +573,6 @@ def test_the_stories_reach_every_outcome() -> None:
         Outcome.PARTICIPANT_SILENT,
         Outcome.OVERLOADED,
         Outcome.DEADLINE_PASSED,
-        Outcome.READ_ONLY,
         Outcome.PLANNED,
         Outcome.PLAN_CONFLICT,
         Outcome.INVALID_SLOT,
